@@ -1,0 +1,198 @@
+"""Loads the compiled module once and says which backend serves an operator on a device, and why not the native one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "native", "reference")
+
+# Every operator; the compiled module serves one natively where it has `cpu_<name>` or `cuda_<name>`.
+OPERATORS = (
+    "token_divergence",
+    "masked_cross_entropy",
+    "sample_categorical",
+    "mask_tokens",
+    "init_tokens",
+    "perturb_embeddings",
+)
+
+_REINSTALL = "To get the compiled kernels, install from source with a C++17 compiler: `pip install --force-reinstall .`"
+
+
+def _validated(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def _load_core() -> tuple[ModuleType | None, str | None]:
+    """The compiled module, or None and the reason."""
+    name = f"{__package__}._core"
+    try:
+        return importlib.import_module(name), None
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            return None, f"the compiled module does not load: {error}"
+        return None, "this installation has no compiled module (built with DIMO_EXT_NATIVE=off, or a source folder)"
+    except ImportError as error:
+        return None, f"the compiled module does not load: {error}"
+
+
+@functools.cache  # once a process and text
+def _notice(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+_default = _validated(os.environ.get("DIMO_EXT_BACKEND") or "auto", "DIMO_EXT_BACKEND")
+_backend: ContextVar[str] = ContextVar("dimo_ext_backend", default=_default)
+_core, _core_problem = _load_core()
+
+if _core_problem is not None:
+    if os.environ.get("DIMO_EXT_REQUIRE_NATIVE", "0") not in ("", "0"):
+        raise ImportError(f"DIMO_EXT_REQUIRE_NATIVE is set, but {_core_problem}. {_REINSTALL}")
+    if _default != "reference":
+        _notice(f"dimo_ext: running on plain PyTorch: {_core_problem}. {_REINSTALL}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a `with` block, for this thread or async task alone.
+
+    Args:
+        name: "auto" (native where it exists, else the reference), "native" (an operator without a native kernel for
+            the device raises RuntimeError) or "reference" (plain PyTorch). DIMO_EXT_BACKEND sets the default.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    token = _backend.set(_validated(name, "backend"))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> str:
+    """The choice in force: "auto", "native" or "reference".
+
+    Autograd runs CUDA backward passes on threads of its own, which do not see `use_backend`: a backward that needs
+    the choice of its forward has to save it.
+    """
+    return _backend.get()
+
+
+def native_kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
+    """The compiled function that serves `op` on `device` under the current choice; None means the reference.
+
+    Raises:
+        RuntimeError: the choice is "native" and there is no native kernel; the message says why.
+        ValueError: `op` is not in OPERATORS.
+    """
+    choice = _backend.get()
+    if choice == "reference":
+        return None
+    index = device.index
+    if index is None and device.type == "cuda":
+        index = torch.cuda.current_device()
+    kernel, problem = _find_kernel(op, device.type, index)
+    if problem is not None:
+        if choice == "native":
+            raise RuntimeError(f"{op} has no native kernel on {device}: {problem}")
+        if device.type == "cuda" and _core is not None and _cuda_problem(index) is not None:
+            _notice(f"dimo_ext: {device} is served by plain PyTorch: {problem}")
+    return kernel
+
+
+@functools.cache
+def _find_kernel(op: str, device_type: str, index: int | None) -> tuple[Callable[..., Any] | None, str | None]:
+    """The kernel, or None and the reason; the choice of backend plays no part here."""
+    if op not in OPERATORS:
+        raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(OPERATORS)}")
+    if device_type not in ("cpu", "cuda"):
+        return None, f"native kernels exist for cpu and cuda only, not for {device_type}"
+    problem = _core_problem if device_type == "cpu" else _cuda_problem(index)
+    if problem is not None:
+        return None, problem
+    kernel = getattr(_core, f"{device_type}_{op}", None)
+    return kernel, None if kernel is not None else f"the compiled module has no {device_type} kernel for {op}"
+
+
+@functools.cache
+def _cuda_problem(index: int | None) -> str | None:
+    """Why native kernels cannot run on this GPU, or None. Index None asks about the machine, not one GPU."""
+    if _core is None:
+        return _core_problem
+    usable, reason, _, _ = _core.cuda_driver_status()
+    if not usable:
+        return str(reason)
+    if index is None:
+        return "torch finds no CUDA device"
+    return _core.cuda_device_problem(index) or None
+
+
+def build_info() -> dict[str, Any]:
+    """What was built, what this machine has and which backend serves each operator, as plain JSON types."""
+    return {
+        "version": _version(),
+        "torch": str(torch.__version__),
+        "backend": _backend.get(),
+        "native_module": None if _core is None else _core.__file__,
+        "native_problem": _core_problem,
+        "compiler": None if _core is None else _core.compiler,
+        "build_type": None if _core is None else _core.build_type,
+        "cuda_toolkit": None if _core is None else _core.cuda_toolkit,
+        "cuda_architectures": [] if _core is None else list(_core.cuda_architectures),
+        "cuda_driver": _driver(),
+        "operators": {op: {device: _service(op, device) for device in ("cpu", "cuda")} for op in OPERATORS},
+        "gpus": _gpus(),
+        "cpu": {"name": _cpu_name(), "threads": torch.get_num_threads()},
+    }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dimo-ext")
+    except importlib.metadata.PackageNotFoundError:  # run from a folder that was never installed
+        return "unknown"
+
+
+def _service(op: str, device_type: str) -> dict[str, str | None]:
+    if _backend.get() == "reference":
+        return {"backend": "reference", "problem": "the reference backend was chosen"}
+    index = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else None
+    kernel, problem = _find_kernel(op, device_type, index)
+    return {"backend": "reference" if kernel is None else "native", "problem": problem}
+
+
+def _driver() -> dict[str, Any]:
+    if _core is None:
+        return {"usable": False, "problem": _core_problem, "driver_version": 0, "runtime_version": 0}
+    usable, reason, driver, runtime = _core.cuda_driver_status()
+    return {"usable": usable, "problem": reason or None, "driver_version": driver, "runtime_version": runtime}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": p.name, "memory_bytes": p.total_memory, "capability": [p.major, p.minor]} for p in found]
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

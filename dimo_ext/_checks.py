@@ -1,0 +1,83 @@
+"""Argument checks: one clear error that names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def require(holds: bool, name: str, expected: str, given: Any, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` saying that argument ``name`` must be ``expected``, unless ``holds``."""
+    if not holds:
+        raise error(f"{name}: expected {expected}, got {given}")
+
+
+def require_type(value: Any, types: type | tuple[type, ...], name: str, expected: str) -> None:
+    """Raise TypeError unless ``value`` has one of ``types``; bool never counts as a number."""
+    plain_bool = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
+    if plain_bool or not isinstance(value, types):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r:.80}")
+
+
+def check_number(
+    value: float, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """Return ``value`` as a finite float in [low, high], or in (low, high] with ``open_low``."""
+    brackets = "(" if open_low else "["
+    bounds = "" if math.isinf(low) and math.isinf(high) else f" in {brackets}{low:g}, {high:g}]"
+    require_type(value, (int, float), name, f"a finite number{bounds}")
+    inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    require(inside, name, f"a finite number{bounds}", value)
+    return float(value)
+
+
+def check_integer(value: int, name: str, *, low: int, high: int | None = None) -> int:
+    """Return ``value`` if it is an int in [low, high]."""
+    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    require_type(value, int, name, expected)
+    require(value >= low and (high is None or value <= high), name, expected, value)
+    return value
+
+
+def check_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``choices``."""
+    require(isinstance(value, str) and value in choices, name, f"one of {', '.join(choices)}", repr(value))
+    return value
+
+
+def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
+    """Raise unless ``logits`` is a floating-point ``[..., V]`` tensor, V >= 1 (of the shape and device of ``like``)."""
+    require_type(logits, Tensor, name, "a tensor of logits [..., V]")
+    require(logits.dtype in FLOATS, name, "dtype float32, float16, bfloat16 or float64", logits.dtype, TypeError)
+    require(logits.dim() >= 1 and logits.shape[-1] >= 1, name, "shape [..., V] with V >= 1", list(logits.shape))
+    if like is not None:
+        require(logits.shape == like.shape, name, f"shape {list(like.shape)}", list(logits.shape))
+        require(logits.device == like.device, name, f"a tensor on {like.device}", f"one on {logits.device}")
+
+
+def check_tensor(value: Tensor, name: str, shape: torch.Size, dtypes: tuple[torch.dtype, ...], device: torch.device):
+    """Raise unless ``value`` is a tensor of that shape, device and one of those dtypes."""
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    require_type(value, Tensor, name, f"a {names} tensor of shape {list(shape)}")
+    require(value.dtype in dtypes, name, f"dtype {names}", value.dtype, TypeError)
+    require(value.shape == shape, name, f"shape {list(shape)}", list(value.shape))
+    require(value.device == device, name, f"a tensor on {device}", f"one on {value.device}")
+
+
+def split_scalar_or_per_sample(
+    value: float | Tensor, name: str, batch_size: int, device: torch.device, *, low: float, high: float = math.inf
+) -> tuple[float, Tensor | None]:
+    """Split a float-or-``[B]``-tensor argument into the two that an operator's schema takes.
+
+    Values inside a tensor live on the device and are not read here.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(value, name, torch.Size([batch_size]), FLOATS, device)
+        return 0.0, value.to(torch.float32)
+    return check_number(value, name, low=low, high=high), None

@@ -1,0 +1,79 @@
+"""Cross-entropy at the masked positions: the auxiliary model's and the teacher's training loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._autograd import attach_gradient, needs_gradient, reduce_tokens
+from ._backend import native_kernel
+from ._checks import REDUCTIONS, check_choice, check_logits, check_number, check_tensor, require
+
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define(
+    "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? mask, float label_smoothing, bool need_gradient) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _masked_cross_entropy(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    native_kernel("masked_cross_entropy", logits.device)  # under "native": raises while there is no kernel
+    return reference.masked_cross_entropy(logits, *args)
+
+
+def _fake(logits, targets, mask, label_smoothing, need_gradient):
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    value = logits.new_empty(logits.shape[:-1], dtype=dtype)
+    counted = torch.empty_like(value, dtype=torch.bool)
+    return value, counted, torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("masked_cross_entropy", _masked_cross_entropy, _device)
+torch.library.register_fake("dimo_ext::masked_cross_entropy", _fake, lib=_LIB)
+
+
+def masked_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of softmax(logits) against ``targets``, over the masked tokens alone.
+
+    Per token: -(1-ε) log q_y - ε/V Σ_v log q_v; gradient softmax(logits) - (1-ε)·onehot - ε/V.
+
+    Args:
+        logits: ``[..., V]`` float32, float16, bfloat16 or float64.
+        targets: int64 ``[...]``; an id outside [0, V) counts as masked out.
+        mask: bool ``[...]``, True = counted; None counts all.
+        label_smoothing: ε in [0, 1).
+        reduction: "none", "sum", "mean" (÷ counted tokens) or "batchmean" (sum ÷ B). Nothing counted gives 0.
+
+    Returns:
+        Scalar, or ``[...]`` for "none"; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_logits(logits, "logits")
+    check_tensor(targets, "targets", logits.shape[:-1], (torch.int64,), logits.device)
+    if mask is not None:
+        check_tensor(mask, "mask", logits.shape[:-1], (torch.bool,), logits.device)
+    label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
+    require(label_smoothing < 1.0, "label_smoothing", "a number in [0, 1)", label_smoothing)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    require(
+        reduction != "batchmean" or logits.dim() >= 3,
+        "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction),
+    )  # fmt: skip
+    need_gradient = needs_gradient(logits)
+    value, counted, gradient = torch.ops.dimo_ext.masked_cross_entropy(
+        logits.detach(), targets, mask, label_smoothing, need_gradient
+    )
+    if need_gradient:
+        value = attach_gradient(logits, value, gradient)
+    return reduce_tokens(value, counted, reduction)

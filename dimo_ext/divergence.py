@@ -1,0 +1,173 @@
+"""Token-level f-divergence between teacher and auxiliary, and the loss that hands its gradient to the student."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._autograd import attach_gradient, needs_gradient, reduce_tokens
+from ._backend import native_kernel
+from ._checks import (
+    FLOATS,
+    REDUCTIONS,
+    check_choice,
+    check_logits,
+    check_number,
+    check_tensor,
+    require,
+    split_scalar_or_per_sample,
+)
+from .divergences import Divergence, parse_divergence
+
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define(
+    "token_divergence(Tensor teacher_logits, Tensor auxiliary_logits, str divergence, Tensor? uncond_logits, "
+    "float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, float auxiliary_temperature, "
+    "Tensor? mask, bool need_gradient) -> (Tensor, Tensor)"
+)
+
+
+def _token_divergence(teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor]:
+    native_kernel("token_divergence", teacher_logits.device)  # under "native": raises while there is no kernel
+    return reference.token_divergence(teacher_logits, *args)
+
+
+def _fake(teacher_logits, auxiliary_logits, *args):
+    precise = torch.float64 in (teacher_logits.dtype, auxiliary_logits.dtype)
+    value = teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=torch.float64 if precise else torch.float32)
+    return value, torch.empty_like(auxiliary_logits) if args[-1] else auxiliary_logits.new_empty(0)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("token_divergence", _token_divergence, _device)
+torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
+
+
+def token_divergence(
+    teacher_logits: Tensor,
+    auxiliary_logits: Tensor,
+    divergence: str | Divergence,
+    *,
+    teacher_uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    teacher_temperature: float = 1.0,
+    auxiliary_temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """D_f(p ‖ q) of every token, p = softmax(teacher / τ_p), q = softmax(auxiliary / τ_q).
+
+    The gradient goes to ``auxiliary_logits``: ∂D/∂z_q = (q·g - q·Σ_v q_v g_v) / τ_q with g = f(u) - u f'(u), u = p/q.
+    The teacher's side is a constant.
+
+    Args:
+        teacher_logits: ``[..., V]`` float32, float16, bfloat16 or float64; -inf marks ids that cannot occur.
+        auxiliary_logits: ``[..., V]``; its dtype may differ.
+        divergence: an object such as ``Jeffreys(-0.2)``, or its string ``"jeffreys:-0.2"``.
+        teacher_uncond_logits: ``[..., V]`` for classifier-free guidance, uncond + s·(cond - uncond).
+        guidance_scale: s, a float or a ``[B]`` tensor; 1 switches guidance off. Needs ``teacher_uncond_logits``.
+        teacher_temperature: τ_p > 0.
+        auxiliary_temperature: τ_q > 0.
+        mask: bool ``[...]``; False gives value 0 and gradient 0.
+
+    Returns:
+        ``[...]`` float32 (float64 where an input is). A row without a finite logit gives 0; the value is its limit,
+        ±inf included, where p or q vanishes; terms that diverge with opposite signs give +inf. A row whose gradient has
+        no limit, or one that the dtype cannot hold, has gradient 0.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    return _checked_divergence(
+        auxiliary_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
+        teacher_temperature, auxiliary_temperature, mask,
+    )  # fmt: skip
+
+
+def distribution_matching_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    auxiliary_logits: Tensor,
+    divergence: str | Divergence,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    teacher_uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    teacher_temperature: float = 1.0,
+    auxiliary_temperature: float = 1.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """D_f(teacher ‖ auxiliary), reduced, with ∂D/∂auxiliary_logits handed to ``student_logits``.
+
+    This is the loss of Di[M]O (arXiv 2503.15457): its value is the true divergence, its backward the pseudo-gradient
+    Σ_i w_i · ∂D(p_i ‖ q_i)/∂z_ψ,i · ∂z_θ,i/∂θ. Only ``student_logits`` receives a gradient.
+
+    Args:
+        student_logits: ``[..., V]``, the logits whose draws were masked to make the other networks' input; not read.
+        teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale, teacher_temperature,
+            auxiliary_temperature: as in :func:`token_divergence`.
+        mask: bool ``[...]``, True = counted; None counts all.
+        weight: ``[B]`` or the shape of the tokens ``[...]``, the w(t) of the objective; None = 1.
+        reduction: "none", "sum", "mean" (÷ counted tokens, never ÷ weights) or "batchmean" (sum ÷ B, needs at least
+            3 dimensions of logits). Nothing counted gives 0.
+
+    Returns:
+        Scalar, or ``[...]`` for "none"; float32 (float64 where an input is).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_logits(student_logits, "student_logits")
+    check_logits(teacher_logits, "teacher_logits", student_logits)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    require(
+        reduction != "batchmean" or student_logits.dim() >= 3,
+        "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction),
+    )  # fmt: skip
+    value = _checked_divergence(
+        student_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
+        teacher_temperature, auxiliary_temperature, mask,
+    )  # fmt: skip
+    if weight is not None:
+        value = value * _per_token(weight, value)
+    return reduce_tokens(value, mask, reduction)
+
+
+def _checked_divergence(
+    receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature, mask
+) -> Tensor:
+    check_logits(teacher, "teacher_logits")
+    check_logits(auxiliary, "auxiliary_logits", teacher)
+    scale, scale_per_sample = _guidance(teacher, uncond, guidance_scale)
+    temperatures = [
+        check_number(teacher_temperature, "teacher_temperature", low=0.0, open_low=True),
+        check_number(auxiliary_temperature, "auxiliary_temperature", low=0.0, open_low=True),
+    ]
+    if mask is not None:
+        check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
+    need_gradient = needs_gradient(receiver)
+    value, gradient = torch.ops.dimo_ext.token_divergence(
+        teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
+        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, mask, need_gradient,
+    )  # fmt: skip
+    return attach_gradient(receiver, value, gradient) if need_gradient else value
+
+
+def _guidance(teacher: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:
+    batch = teacher.shape[0] if teacher.dim() > 1 else 1
+    if uncond is None:
+        unused = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
+        require(unused, "guidance_scale", "1 without unconditional logits", guidance_scale)
+        return 1.0, None
+    check_logits(uncond, "teacher_uncond_logits", teacher)
+    return split_scalar_or_per_sample(guidance_scale, "guidance_scale", batch, teacher.device, low=float("-inf"))
+
+
+def _per_token(weight: Tensor, value: Tensor) -> Tensor:
+    shapes = [value.shape[:1], value.shape]
+    given = list(weight.shape) if isinstance(weight, Tensor) else weight
+    fits = isinstance(weight, Tensor) and weight.shape in shapes
+    require(fits, "weight", f"a tensor of shape {list(shapes[0])} or {list(shapes[1])}", given)
+    check_tensor(weight, "weight", weight.shape, FLOATS, value.device)
+    return weight.detach().to(value.dtype).view(*weight.shape, *[1] * (value.dim() - weight.dim()))

@@ -1,0 +1,73 @@
+"""Variance-preserving noise on token embeddings: the student's source of continuous randomness."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import native_kernel
+from ._checks import check_logits, check_number, check_tensor, require
+from .random import resolve_key
+
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define("perturb_embeddings(Tensor embeddings, Tensor key, float sigma, Tensor scale) -> Tensor")
+
+
+def _perturb_embeddings(embeddings: Tensor, *args) -> Tensor:
+    native_kernel("perturb_embeddings", embeddings.device)  # under "native": raises while there is no kernel
+    return reference.perturb_embeddings(embeddings, *args).contiguous()
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.keep = math.sqrt(1.0 - inputs[2] ** 2)
+
+
+def _backward(ctx, upstream: Tensor):
+    return upstream * ctx.keep, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("perturb_embeddings", _perturb_embeddings, _device)
+torch.library.register_fake(
+    "dimo_ext::perturb_embeddings", lambda embeddings, *_: embeddings.new_empty(embeddings.shape), lib=_LIB
+)
+torch.library.register_autograd("dimo_ext::perturb_embeddings", _backward, setup_context=_setup_context, lib=_LIB)
+
+
+def perturb_embeddings(
+    embeddings: Tensor,
+    sigma: float,
+    *,
+    scale: float | Tensor = 1.0,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """σ·scale·ε + sqrt(1-σ²)·embeddings with ε standard normal; the gradient is sqrt(1-σ²) × upstream.
+
+    Args:
+        embeddings: ``[..., D]`` float32, float16, bfloat16 or float64, the first dimension is the batch.
+        sigma: σ in [0, 1]; 0 returns the embeddings unchanged and draws nothing.
+        scale: of the noise, a float >= 0 or a scalar tensor (for example the embedding table's RMS); a constant.
+        generator: where the key is drawn from; None = the device's default generator.
+        key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`.
+
+    Returns:
+        The perturbed embeddings, same shape and dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_logits(embeddings, "embeddings")
+    require(embeddings.dim() >= 2, "embeddings", "shape [B, ..., D]", list(embeddings.shape))
+    sigma = check_number(sigma, "sigma", low=0.0, high=1.0)
+    if isinstance(scale, Tensor):
+        check_tensor(scale, "scale", torch.Size([]), (embeddings.dtype, torch.float32), embeddings.device)
+    else:
+        scale = torch.full((), check_number(scale, "scale", low=0.0), device=embeddings.device)
+    if sigma == 0.0:
+        return embeddings
+    key = resolve_key(key, generator, batch_size=embeddings.shape[0], device=embeddings.device)
+    return torch.ops.dimo_ext.perturb_embeddings(embeddings, key, sigma, scale.detach())

@@ -1,0 +1,162 @@
+"""Forward masking of tokens and the student's initial tokens: draws without gradient, pure functions of a key."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import native_kernel
+from ._checks import check_choice, check_integer, check_number, require, require_type, split_scalar_or_per_sample
+from .random import resolve_key
+
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define(
+    "mask_tokens(Tensor tokens, Tensor key, float ratio, Tensor? ratio_per_sample, int mask_id, bool bernoulli, "
+    "int min_masked) -> (Tensor, Tensor)"
+)
+_LIB.define("init_tokens(Tensor key, int batch_size, int seq_len, int vocab_size, int mask_id, float r_init) -> Tensor")
+
+
+class MaskedTokens(NamedTuple):
+    """Tokens with [MASK] at the masked positions, and the boolean mask (True = masked), both ``[B, L]``."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+def _mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked):
+    kernel = native_kernel("mask_tokens", tokens.device)
+    if kernel is None:
+        return reference.mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked)
+    tokens, key = tokens.contiguous(), key.contiguous()
+    masked, mask = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
+    per_sample = None if ratio_per_sample is None else ratio_per_sample.contiguous()
+    kernel(
+        tokens.data_ptr(), masked.data_ptr(), mask.data_ptr(), *tokens.shape, ratio,
+        0 if per_sample is None else per_sample.data_ptr(), key.data_ptr(), 2 if key.dim() == 2 else 0,
+        mask_id, bernoulli, min_masked, *_placement(tokens.device),
+    )  # fmt: skip
+    return masked, mask
+
+
+def _placement(device: torch.device) -> tuple[int, ...]:
+    """The trailing arguments of a native launcher: threads on the CPU, device and stream on a GPU."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _mask_tokens_fake(tokens, *_):
+    contiguous = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    return contiguous, torch.empty_like(contiguous, dtype=torch.bool)
+
+
+def _init_tokens(key, *args):
+    native_kernel("init_tokens", key.device)  # under "native": raises while there is no kernel
+    return reference.init_tokens(key, *args)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("mask_tokens", _mask_tokens, _device)
+    _LIB.impl("init_tokens", _init_tokens, _device)
+torch.library.register_fake("dimo_ext::mask_tokens", _mask_tokens_fake, lib=_LIB)
+torch.library.register_fake(
+    "dimo_ext::init_tokens", lambda key, batch, length, *_: key.new_empty(batch, length), lib=_LIB
+)
+
+
+def mask_tokens(
+    tokens: Tensor,
+    mask_ratio: float | Tensor,
+    mask_id: int,
+    *,
+    mode: str = "exact",
+    min_masked: int = 1,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+) -> MaskedTokens:
+    """The forward process: replace part of each sample's tokens by [MASK].
+
+    Every position draws a 32-bit word; the k smallest are masked (ties: lower index). "exact" takes
+    k = round(ratio·L), half to even, in float32; "bernoulli" counts the words below ratio·2^32, so that each position
+    is masked independently. Both mask at least ``min_masked`` positions, at most L.
+
+    Args:
+        tokens: int64 ``[B, L]``, or ``[L]`` for one sample; L up to 65,536.
+        mask_ratio: in [0, 1], a float or a ``[B]`` tensor (clamped to [0, 1]; NaN counts as 0).
+        mask_id: the id written; any integer.
+        mode: "exact" or "bernoulli".
+        min_masked: at least so many positions are masked in each sample.
+        generator: where the key is drawn from; None = the device's default generator.
+        key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`; the draws are a pure function of it.
+
+    Returns:
+        ``MaskedTokens(tokens, mask)``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    require_type(tokens, Tensor, "tokens", "an int64 tensor [B, L]")
+    require(tokens.dtype == torch.int64, "tokens", "dtype int64", tokens.dtype, TypeError)
+    require(tokens.dim() in (1, 2), "tokens", "shape [B, L] or [L]", list(tokens.shape))
+    rows = tokens if tokens.dim() == 2 else tokens[None]
+    require(rows.shape[1] <= 65536, "tokens", "at most 65536 positions", rows.shape[1])
+    batch, device = rows.shape[0], tokens.device
+    ratio, per_sample = split_scalar_or_per_sample(mask_ratio, "mask_ratio", batch, device, low=0.0, high=1.0)
+    check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
+    bernoulli = check_choice(mode, "mode", ("exact", "bernoulli")) == "bernoulli"
+    check_integer(min_masked, "min_masked", low=0)
+    key = resolve_key(key, generator, batch_size=batch, device=device)
+    masked, mask = torch.ops.dimo_ext.mask_tokens(rows, key, ratio, per_sample, mask_id, bernoulli, min_masked)
+    return MaskedTokens(masked.view(tokens.shape), mask.view(tokens.shape))
+
+
+def init_tokens(
+    batch_size: int,
+    seq_len: int,
+    *,
+    vocab_size: int,
+    mask_id: int,
+    r_init: float,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """The student's input x_init: exactly round(r_init·L) positions are [MASK], the others uniform random tokens.
+
+    Args:
+        batch_size: B >= 0.
+        seq_len: L >= 0, up to 65,536.
+        vocab_size: ids are drawn from [0, vocab_size), 1 to 2^24.
+        mask_id: the id written at masked positions.
+        r_init: in [0, 1]; 0 masks nothing.
+        device: of the result; None = the key's, the generator's, else the CPU.
+        generator: where the key is drawn from; None = the device's default generator.
+        key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`.
+
+    Returns:
+        int64 ``[B, L]``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_integer(batch_size, "batch_size", low=0)
+    check_integer(seq_len, "seq_len", low=0, high=65536)
+    check_integer(vocab_size, "vocab_size", low=1, high=2**24)
+    check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
+    r_init = check_number(r_init, "r_init", low=0.0, high=1.0)
+    if device is None:
+        device = next((x.device for x in (key, generator) if x is not None), "cpu")
+    key = resolve_key(key, generator, batch_size=batch_size, device=_canonical(device))
+    return torch.ops.dimo_ext.init_tokens(key, batch_size, seq_len, vocab_size, mask_id, r_init)
+
+
+def _canonical(device: torch.device | str) -> torch.device:
+    """The device with its index, as tensors report it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,98 @@
+"""Categorical draws from logits: guidance, temperature, filters and the draw, a pure function of a key."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._backend import native_kernel
+from ._checks import check_integer, check_logits, check_number, require, split_scalar_or_per_sample
+from .random import resolve_key
+
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define(
+    "sample_categorical(Tensor logits, Tensor key, float temperature, int top_k, float top_p, float min_p, "
+    "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample) -> (Tensor, Tensor)"
+)
+
+
+class CategoricalSample(NamedTuple):
+    """Drawn ids, int64 ``[...]``, and their log-probability under the distribution drawn from, float32 ``[...]``."""
+
+    tokens: Tensor
+    log_prob: Tensor
+
+
+def _sample_categorical(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
+    native_kernel("sample_categorical", logits.device)  # under "native": raises while there is no kernel
+    return reference.sample_categorical(logits, *args)
+
+
+def _fake(logits, *_):
+    shape = logits.shape[:-1]
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("sample_categorical", _sample_categorical, _device)
+torch.library.register_fake("dimo_ext::sample_categorical", _fake, lib=_LIB)
+
+
+def sample_categorical(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    generator: torch.Generator | None = None,
+    key: Tensor | None = None,
+) -> CategoricalSample:
+    """Draw one id a row from softmax(logits / temperature), after guidance and filters; no gradient.
+
+    Order: guidance → temperature → top-k → top-p on what is left, renormalised → min-p relative to the largest
+    probability left. Ties at a threshold stay; the id that crosses top-p stays.
+
+    Args:
+        logits: ``[..., V]`` float32, float16, bfloat16 or float64; -inf marks ids that are never drawn.
+        temperature: divides the logits; 0 gives the argmax (lowest index on ties).
+        top_k: keep the k most probable ids, 0 = all.
+        top_p: keep the smallest set of ids whose mass reaches p, in (0, 1], 1 = all.
+        min_p: keep ids of at least min_p times the largest probability, in [0, 1], 0 = all.
+        uncond_logits: ``[..., V]``: logits become uncond + s·(logits - uncond).
+        guidance_scale: s, a float or a ``[B]`` tensor; needs ``uncond_logits`` unless 1.
+        generator: where the key is drawn from; None = the device's default generator.
+        key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`; the draws are a pure function of it.
+
+    Returns:
+        ``CategoricalSample(tokens, log_prob)``. A row without a finite logit gives id -1 and log_prob -inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+    """
+    check_logits(logits, "logits")
+    batch = logits.shape[0] if logits.dim() > 1 else 1
+    scale, per_sample = 1.0, None
+    if uncond_logits is not None:
+        check_logits(uncond_logits, "uncond_logits", logits)
+        scale, per_sample = split_scalar_or_per_sample(
+            guidance_scale, "guidance_scale", batch, logits.device, low=float("-inf")
+        )
+    else:
+        unused = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
+        require(unused, "guidance_scale", "1 without unconditional logits", guidance_scale)
+    temperature = check_number(temperature, "temperature", low=0.0)
+    check_integer(top_k, "top_k", low=0, high=logits.shape[-1])
+    top_p = check_number(top_p, "top_p", low=0.0, high=1.0, open_low=True)
+    min_p = check_number(min_p, "min_p", low=0.0, high=1.0)
+    key = resolve_key(key, generator, batch_size=batch, device=logits.device)
+    detached = None if uncond_logits is None else uncond_logits.detach()
+    drawn = torch.ops.dimo_ext.sample_categorical(
+        logits.detach(), key, temperature, top_k, top_p, min_p, detached, scale, per_sample
+    )
+    return CategoricalSample(*drawn)
