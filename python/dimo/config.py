@@ -1,0 +1,337 @@
+"""Typed, frozen configurations: every default lives here once; YAML files and command-line flags fill them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+import dimo_ext
+
+from .schedules import MASK_SCHEDULES, TRAINING_ONLY
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and what was given."""
+
+
+def _check(holds: bool, key: str, expected: str, given: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{key}: expected {expected}, got {given!r}")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of a teacher's transformer."""
+
+    width: int = 64
+    """Channels of the residual stream; a multiple of heads."""
+    depth: int = 4
+    """Transformer layers."""
+    heads: int = 2
+    """Attention heads."""
+    mlp_width: int = 256
+    """Hidden channels of the feed-forward layers."""
+    dropout: float = 0.0
+    """Dropout probability in training, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "mlp_width"):
+            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _check(self.width % self.heads == 0, "width", f"a multiple of heads ({self.heads})", self.width)
+        _check(0.0 <= self.dropout < 1.0, "dropout", "a number in [0, 1)", self.dropout)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Adam when weight_decay is 0) with warm-up, decay and gradient clipping."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the denominator; 1e-6 for bfloat16 training."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "cosine"] = "cosine"
+    """What follows the warm-up."""
+    final_fraction: float = 0.05
+    """Learning rate at the end of a cosine decay, as a fraction of the peak."""
+    clip_norm: float | None = None
+    """Clip the gradient's global norm to this value; None = off."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
+        _check(all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)", self.betas)
+        _check(self.eps > 0, "eps", "a number > 0", self.eps)
+        _check(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
+        _check(self.warmup_steps >= 0, "warmup_steps", "an integer >= 0", self.warmup_steps)
+        _check(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]", self.final_fraction)
+        _check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "None or a number > 0", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The training loop: length, batch, seed, where results go and how often."""
+
+    output: str
+    """Folder of the run: checkpoint, log, pictures, results. The same command goes on from its checkpoint."""
+    steps: int = 1000
+    """Training steps."""
+    batch_size: int = 64
+    """Samples a step."""
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    ema_decay: float = 0.99
+    """Decay d of the weights' exponential moving average, min(d, (1+n)/(10+n)) at step n."""
+    log_every: int = 10
+    """Steps between log lines; between them nothing synchronises with the device."""
+    save_every: int = 100
+    """Steps between checkpoints (one is also written on Ctrl-C and at the end)."""
+    preview_every: int = 100
+    """Steps between previews: sample images in TensorBoard and cheap metrics; 0 = none."""
+    device: str = "auto"
+    """"auto" (GPU when there is one), "cpu", "cuda" or "cuda:N"."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars and images (needs the extra dimo-ext[train])."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output.strip()), "output", "the path of a folder", self.output)
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _check(self.preview_every >= 0, "preview_every", "an integer >= 0", self.preview_every)
+        _check(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)", self.ema_decay)
+
+
+def _check_schedule(name: str, *, sampling: bool = False) -> None:
+    valid = [s for s in MASK_SCHEDULES if not (sampling and s in TRAINING_ONLY)]
+    _check(name in valid, "mask_schedule", f"one of {', '.join(valid)}", name)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`dimo pretrain`: train a masked diffusion teacher by masked-token prediction."""
+
+    run: RunConfig
+    kind: Literal["digits"] = "digits"
+    """Which data and network: "digits" is the embedded UCI digits."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-3, clip_norm=1.0))
+    mask_schedule: str = "arccos"
+    """Distribution of the mask ratio: linear, square, cosine, arccos or mage."""
+    condition_dropout: float = 0.1
+    """Share of samples trained with the null condition, for classifier-free guidance."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.mask_schedule)
+        _check(0 <= self.condition_dropout < 1, "condition_dropout", "a number in [0, 1)", self.condition_dropout)
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)", self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Which teacher."""
+
+    kind: str = "digits"
+    """Its kind; "digits" ships with the package."""
+    path: str | None = None
+    """Folder with model.safetensors and config.json; None = the weights that ship with the package."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Di[M]O's own settings (arXiv 2503.15457); defaults are those of the digits."""
+
+    r_init: float = 0.8
+    """Share of [MASK] in the student's input, the rest are uniform random tokens; in [0, 1]."""
+    embedding_noise: float = 0.1
+    """Sigma of the noise on the student's token embeddings, in [0, 1]."""
+    embedding_noise_scale: Literal["unit", "rms"] = "rms"
+    """Standard deviation of that noise: 1 (official code) or the RMS of the embedding table."""
+    mask_schedule: str = "arccos"
+    """Distribution of the mask ratio at which teacher and auxiliary are compared."""
+    divergence: str = "forward_kl"
+    """Token-level f-divergence D(teacher ‖ auxiliary), e.g. jeffreys:-0.2, jensen_shannon, alpha:0.5."""
+    guidance_scale: float = 1.25
+    """Classifier-free guidance of the teacher, uncond + s·(cond - uncond); 1 = off."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits in the divergence."""
+    student_temperature: float = 1.0
+    """Divides the student's logits when its tokens are drawn."""
+    num_auxiliary_steps: int = 2
+    """Auxiliary updates a student update."""
+    fresh_auxiliary_batch: bool = True
+    """Draw a new student batch for every auxiliary update; off: the first one re-uses the student update's batch."""
+    label_smoothing: float = 0.0
+    """Of the auxiliary's cross-entropy, in [0, 1)."""
+    freeze: Literal["none", "recipe"] = "none"
+    """"recipe" keeps the student's parameters fixed that the teacher's published recipe names (embeddings)."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.r_init <= 1, "r_init", "a number in [0, 1]", self.r_init)
+        _check(0 <= self.embedding_noise <= 1, "embedding_noise", "a number in [0, 1]", self.embedding_noise)
+        _check_schedule(self.mask_schedule)
+        try:
+            dimo_ext.parse_divergence(self.divergence)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        _check(self.guidance_scale >= 0, "guidance_scale", "a number >= 0", self.guidance_scale)
+        _check(self.teacher_temperature > 0, "teacher_temperature", "a number > 0", self.teacher_temperature)
+        _check(self.student_temperature > 0, "student_temperature", "a number > 0", self.student_temperature)
+        _check(self.num_auxiliary_steps >= 1, "num_auxiliary_steps", "an integer >= 1", self.num_auxiliary_steps)
+        _check(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)", self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is measured and drawn at the end of a run."""
+
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Sampling steps of the teacher's rows in the table."""
+    reference: Literal["validation", "test"] = "test"
+    """Split that the metrics compare with; tune on validation, report on test."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.teacher_steps), "teacher_steps", "at least one integer", self.teacher_steps)
+        _check(all(s >= 1 for s in self.teacher_steps), "teacher_steps", "integers >= 1", self.teacher_steps)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """`dimo distill`: distil a teacher into a one-step generator."""
+
+    run: RunConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    student: OptimizerConfig = field(default_factory=OptimizerConfig)
+    auxiliary: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """`dimo sample`: draw samples from a teacher or a one-step student."""
+
+    model: str = "digits"
+    """Folder of a student or teacher (model.safetensors, config.json), or "digits" for the shipped teacher."""
+    output: str = "samples.png"
+    """The picture: a grid, one row a class."""
+    sampler: Literal["ancestral", "confident"] = "ancestral"
+    """How a teacher reveals tokens; a student takes one network evaluation."""
+    steps: int = 16
+    """Network evaluations of a teacher's sampler."""
+    mask_schedule: str = "arccos"
+    """Mask ratios of a teacher's sampler: linear, square, cosine or arccos."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of a teacher; 1 = off."""
+    temperature: float | None = None
+    """Divides the logits; 0 = the most probable token; None = the student's own, 1 for a teacher."""
+    per_class: int = 16
+    """Samples a class."""
+    seed: int = 0
+    """Seed of the draws."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "steps", "an integer >= 1", self.steps)
+        _check_schedule(self.mask_schedule, sampling=True)
+        _check(self.guidance_scale >= 0, "guidance_scale", "a number >= 0", self.guidance_scale)
+        _check(self.temperature is None or self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
+        _check(self.per_class >= 1, "per_class", "an integer >= 1", self.per_class)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain, YAML- and JSON-able values."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_config(cls: type[ConfigT], path: str | Path) -> ConfigT:
+    """Read a YAML file into the dataclass ``cls``.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key (the nearest valid one is named), a wrong type or value.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    try:
+        return from_dict(cls, {} if data is None else data)
+    except ConfigError as error:
+        raise ConfigError(f"config {path}: {error}") from None
+
+
+def from_dict(cls: type[ConfigT], data: Any, prefix: str = "") -> ConfigT:
+    """Build the dataclass ``cls`` from nested dictionaries; see :func:`load_config` for the errors."""
+    _check(isinstance(data, dict), prefix.rstrip(".") or "the file", "a mapping of keys to values", data)
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), list(fields))}")
+    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {prefix}{name}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Convert a YAML value to a field's type, strictly: no strings for numbers, no booleans for integers."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{key}.")
+    if origin is Literal:
+        _check(value in args, key, f"one of {', '.join(map(str, args))}", value)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    if origin is tuple:
+        return _convert_tuple(args, value, key)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            _check(False, key, "a number", value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    _check(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), key, names[hint], value)
+    return value
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    _check(isinstance(value, list), key, "a list", value)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    _check(len(value) == len(args), key, f"a list of {len(args)} values", value)
+    return tuple(_convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))

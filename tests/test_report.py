@@ -1,0 +1,192 @@
+"""Tables, pictures and files: contents are read back, and a failed write leaves the old file."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dimo import files, report
+from dimo.evaluation import METRICS
+
+ROWS = {
+    "real": {"class_accuracy": 0.9889, "frechet_pixel": 0.0684},
+    "student": {"network_evaluations": 1, "images_per_second": 12345.6, "frechet_pixel": 0.1},
+}
+
+
+def digits(columns, n=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randint(0, 17, (10, n, 64), generator=generator) for name in columns}
+
+
+def read_png(path):
+    image = pytest.importorskip("matplotlib.image").imread(path)
+    assert image.ndim == 3
+    assert image.std() > 0.01
+    return image
+
+
+def write_log(path, steps=100, **extra):
+    lines = [json.dumps({"step": s, "student_divergence": 1 / (s + 1), "lr": 1e-3, **extra}) for s in range(steps)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_markdown_table():
+    assert report.metrics_table(ROWS) == (
+        "| sampler | network evaluations | images/s | accuracy ↑ | Fréchet (pixels) ↓ |\n"
+        "| ------- | ------------------: | -------: | ---------: | -----------------: |\n"
+        "| real    |                   - |        - |      0.989 |              0.068 |\n"
+        "| student |                   1 |   12,346 |          - |              0.100 |"
+    )
+
+
+def test_plain_table():
+    assert report.metrics_table(ROWS, "plain", row_title="") == (
+        "         network evaluations  images/s  accuracy ↑  Fréchet (pixels) ↓\n"
+        "-------  -------------------  --------  ----------  ------------------\n"
+        "real                       -         -       0.989               0.068\n"
+        "student                    1    12,346           -               0.100"
+    )
+
+
+def test_table_has_a_column_for_every_metric():
+    table = report.metrics_table({"a": dict.fromkeys(METRICS, 0.5)})
+    headers = [cell.strip() for cell in table.splitlines()[0].strip("|").split("|")]
+    assert headers == ["sampler", *(metric.header for metric in METRICS.values())]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_table_errors():
+    with pytest.raises(ValueError, match=r"unknown metrics \['acc'\]"):
+        report.metrics_table({"a": {"acc": 1.0}})
+    with pytest.raises(ValueError, match="unknown style 'html'"):
+        report.metrics_table(ROWS, "html")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_write_json(tmp_path):
+    path = tmp_path / "new" / "metrics.json"
+    files.write_json(path, {"Fréchet": 0.5})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"Fréchet": 0.5}
+    assert [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(UnicodeEncodeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half a file, then é", encoding="ascii")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_failed_picture_leaves_nothing(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def fail_half_way(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fail_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        report.comparison_figure(digits(["real"]), tmp_path / "figure.png")
+    assert not list(tmp_path.iterdir())
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_comparison_figure(tmp_path):
+    one, five = tmp_path / "one.png", tmp_path / "five.png"
+    report.comparison_figure(digits(["real digits"]), one)
+    report.comparison_figure(digits(["real digits", *(f"teacher\n{n} network evaluations" for n in range(4))]), five)
+    small, large = read_png(one), read_png(five)
+    assert small.shape[0] == large.shape[0] > 600
+    assert large.shape[1] > 4 * small.shape[1] - 200
+
+
+def test_comparison_shows_the_tokens(tmp_path):
+    """A white image in the place of one digit changes 8x8 cells of six device pixels, and nothing else."""
+    columns = {"real": torch.zeros(10, 2, 64, dtype=torch.int64)}
+    report.comparison_figure(columns, tmp_path / "blank.png")
+    columns["real"][4, 1] = 16
+    report.comparison_figure(columns, tmp_path / "ink.png")
+    changed = (read_png(tmp_path / "blank.png") != read_png(tmp_path / "ink.png")).any(axis=2)
+    rows, cols = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert np.ptp(rows) + 1 == pytest.approx(48, abs=2)
+    assert np.ptp(cols) + 1 == pytest.approx(48, abs=2)
+
+
+def test_comparison_figure_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"columns\['a'\] must have shape \[10, n, 64\]"):
+        report.comparison_figure({"a": torch.zeros(9, 2, 64, dtype=torch.int64)}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="equal shape"):
+        report.comparison_figure(digits(["a"]) | digits(["b"], n=2), tmp_path / "x.png")
+    with pytest.raises(ValueError, match="equal shape"):
+        report.comparison_figure({}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("labels", [None, ["cat", "dog"]])
+def test_image_grid(tmp_path, labels):
+    report.image_grid(torch.rand(2, 3, 8, 5), tmp_path / "grid.png", labels, title="step 10")
+    assert min(read_png(tmp_path / "grid.png").shape[:2]) > 100
+
+
+def test_image_grid_errors(tmp_path):
+    with pytest.raises(ValueError, match="row_labels must hold 2 labels, not 1"):
+        report.image_grid(torch.rand(2, 3, 8, 8), tmp_path / "x.png", ["a"])
+    with pytest.raises(ValueError, match=r"images must have shape \[rows, cols, H, W\]"):
+        report.image_grid(torch.rand(3, 8, 8), tmp_path / "x.png")
+
+
+def test_pictures_touch_no_global_figure(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    report.image_grid(torch.rand(1, 1, 8, 8), tmp_path / "x.png")
+    assert pyplot.get_fignums() == before
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def test_loss_curves_draw_what_exists(tmp_path):
+    one, four = tmp_path / "one.png", tmp_path / "four.png"
+    report.loss_curves(write_log(tmp_path / "log.jsonl"), one)
+    extra = {"auxiliary_loss": 1.0, "gradient_norm": 2.0, "token_entropy": None, "frechet_pixel": 0.1}
+    report.loss_curves(write_log(tmp_path / "log.jsonl", **extra), four)
+    small, large = read_png(one), read_png(four)
+    assert large.shape[0] == 2 * small.shape[0]
+    assert large.shape[1] == 3 * small.shape[1]
+
+
+def test_log_of_a_stopped_and_resumed_run(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 2, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a"')
+    assert report._read_log(log) == {1: {"step": 1, "a": 2}, 2: {"step": 2, "a": 3}}
+
+
+def test_log_errors(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1"):
+        report.loss_curves(log, tmp_path / "x.png")
+    log.write_text('{"step": 2}\n')
+    with pytest.raises(ValueError, match="holds none of student_divergence"):
+        report.loss_curves(log, tmp_path / "x.png")
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"dimo-ext\[train\]"):
+        report.image_grid(torch.rand(1, 1, 8, 8), tmp_path / "x.png")
