@@ -1,0 +1,177 @@
+"""The `dimo` command: parse → configuration → call."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+import yaml
+
+import dimo_ext
+
+from . import doctor
+from .checkpoint import SHIPPED, CheckpointError, load_model, load_teacher, read_model_config, save_model
+from .config import ConfigError, DistillConfig, PretrainConfig, SampleConfig, load_config, to_dict
+from .files import prepare_output, write_text
+from .generator import FORMAT as STUDENT_FORMAT
+from .generator import OneStepGenerator, labels_per_class, sample_keys
+from .pretrain import held_out_loss
+from .samplers import sample_ancestral, sample_confident
+from .teachers import TEACHERS, DigitsTeacher, MaskGITTeacher, Teacher
+from .trainer import DistillationTrainer, Interrupted, PretrainingTrainer, TrainingError, resolve_device, run_training
+
+TEACHER_FORMAT = "dimo.teacher"
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train a masked diffusion teacher by masked-token prediction."""
+    from .data.digits import load_digits_split
+
+    device = resolve_device(config.run.device)
+    output = prepare_output(config.run.output)
+    data = {name: load_digits_split(name) for name in ("train", "validation", "test")}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.run.seed)
+        model = DigitsTeacher.build(to_dict(config.network)).to(device)
+    trainer = PretrainingTrainer(model, data["train"], config)
+
+    def loss_on(name: str, averaged: Teacher) -> float:
+        split = data[name]
+        return held_out_loss(averaged, split.tokens.to(device), split.labels.to(device), config.mask_schedule)
+
+    run_training(trainer, config, lambda _, averaged: ({"validation_loss": loss_on("validation", averaged)}, None))
+    metrics = {f"{name}_cross_entropy": round(loss_on(name, trainer.result), 4) for name in data}
+    save_model(output / "teacher", trainer.result, TEACHER_FORMAT, recipe=to_dict(config), metrics=metrics)
+    print(f"masked cross-entropy (nats a token): {metrics}\nteacher: {output / 'teacher'}")
+
+
+def distill(config: DistillConfig) -> None:
+    """Distil a teacher into a one-step generator."""
+    device = resolve_device(config.run.device)
+    output = prepare_output(config.run.output)
+    teacher = load_teacher(config.teacher.kind, config.teacher.path).to(device)
+    preview = None
+    if config.teacher.kind == "digits":
+        from .comparison import compare, preview_digits
+
+        preview = preview_digits(config) if config.run.preview_every else None
+    trainer = DistillationTrainer(teacher, config)
+    run_training(trainer, config, preview)
+    write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    student = OneStepGenerator(trainer.result, config.method, recipe=to_dict(config))
+    student.save_pretrained(output / "student")
+    if config.teacher.kind == "digits":
+        print("sampling teacher and student ...")
+        print(f"\n{compare(teacher, student, config)}\n")
+    for path in sorted(p for p in output.iterdir() if not p.name.startswith(".")):
+        print(path)
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw samples from a teacher or a one-step student."""
+    from .report import image_grid
+
+    device = resolve_device(config.device)
+    target = Path(config.output)
+    if target.suffix != ".png":
+        raise ConfigError(f"output: expected a path that ends in .png, got {config.output!r}")
+    prepare_output(target.parent)
+    folder = SHIPPED / config.model if config.model in TEACHERS else Path(config.model)
+    form = read_model_config(folder)["format"]
+    model = load_model(folder)[0].to(device)
+    if not isinstance(model, MaskGITTeacher):
+        raise ConfigError(f"model: expected a class-conditional model, got kind {model.kind!r}")
+    labels = labels_per_class(model.num_classes, config.per_class).to(device)
+    keys = sample_keys(config.seed, len(labels), device=device)
+    if form == STUDENT_FORMAT:
+        generator = OneStepGenerator.from_pretrained(folder, device=device)
+        tokens = generator.tokens(labels, key=keys, temperature=config.temperature)
+    else:
+        sampler = sample_ancestral if config.sampler == "ancestral" else sample_confident
+        temperature = 1.0 if config.temperature is None else config.temperature
+        tokens = sampler(
+            model, labels, steps=config.steps, mask_schedule=config.mask_schedule,
+            guidance_scale=config.guidance_scale, temperature=temperature, key=keys,
+        )  # fmt: skip
+    images = model.decode(tokens.cpu())[:, 0].unflatten(0, (model.num_classes, config.per_class))
+    image_grid(images, target, [str(c) for c in range(model.num_classes)])
+    print(target)
+
+
+_COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
+    "pretrain": (pretrain, PretrainConfig),
+    "distill": (distill, DistillConfig),
+    "sample": (sample, SampleConfig),
+}
+
+_USAGE = """usage: dimo COMMAND [--config FILE.yaml] [--key.name VALUE ...]
+
+Distil masked diffusion models into one-step generators.
+
+commands:
+  pretrain   {pretrain}
+  distill    {distill}
+  sample     {sample}
+  doctor     {doctor}
+
+`dimo COMMAND --help` lists every key with its default. A YAML file fills keys first, flags override it.
+example: dimo distill --config configs/digits.yaml --run.seed 1 --run.output runs/seed1"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 training failed, 2 bad input, 130 stopped by a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(doctor=doctor.SUMMARY, **{name: call.__doc__ for name, (call, _) in _COMMANDS.items()}))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"dimo {dimo_ext.build_info()['version']}")
+        return 0
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except (ConfigError, CheckpointError, ImportError) as error:
+        print(f"dimo: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"dimo: error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as event:
+        print(f"{event}; the same command goes on from there", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command == "doctor":
+        return doctor.main(arguments)
+    if command not in _COMMANDS:
+        close = difflib.get_close_matches(command, [*_COMMANDS, "doctor"], n=1)
+        hint = f": did you mean {close[0]}?" if close else f"; commands: {', '.join(_COMMANDS)}, doctor"
+        raise ConfigError(f"unknown command {command!r}{hint}")
+    call, cls = _COMMANDS[command]
+    call(_parse(command, cls, arguments))
+    return 0
+
+
+def _parse(command: str, cls: type, arguments: list[str]) -> Any:
+    """Read ``--config`` first, then let flags override its values."""
+    first = argparse.ArgumentParser(prog=f"dimo {command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(arguments)
+    description = f"{_COMMANDS[command][0].__doc__} --config FILE.yaml fills the keys below, flags override it."
+    prog = f"dimo {command}"
+    if known.config is None:
+        return tyro.cli(cls, args=rest, prog=prog, description=description)
+    return tyro.cli(cls, args=rest, default=load_config(cls, known.config), prog=prog, description=description)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

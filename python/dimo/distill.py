@@ -1,0 +1,77 @@
+"""The equations of Di[M]O (arXiv 2503.15457): student and auxiliary losses; no optimisers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import dimo_ext
+from dimo_ext.random import random_uniform
+
+from .config import MethodConfig
+from .guidance import guided_logits
+from .pretrain import masked_token_loss
+from .schedules import mask_ratio
+from .teachers.base import Condition, Teacher, condition_size
+
+
+class StudentDraw(NamedTuple):
+    """The student's logits ``[B, L, V]`` at x_init and the tokens x_student ``[B, L]`` drawn from them."""
+
+    logits: Tensor
+    tokens: Tensor
+
+
+class StudentLoss(NamedTuple):
+    """Loss (scalar, nats a sample; backward gives the pseudo-gradient), the draw, the mean entropy of a token."""
+
+    loss: Tensor
+    draw: StudentDraw
+    token_entropy: Tensor
+
+
+def draw_from_student(student: Teacher, condition: Condition, method: MethodConfig, key: Tensor) -> StudentDraw:
+    """x_init → student logits → x_student ~ softmax(logits / τ), each position on its own."""
+    x_init = dimo_ext.init_tokens(
+        condition_size(condition), student.seq_len, vocab_size=student.vocab_size, mask_id=student.mask_id,
+        r_init=method.r_init, key=dimo_ext.fold_in(key, 0),
+    )  # fmt: skip
+    logits = student.logits(
+        x_init, condition, mask_ratio=torch.full((x_init.shape[0],), method.r_init, device=x_init.device),
+        embedding_noise=method.embedding_noise, embedding_noise_scale=method.embedding_noise_scale,
+        key=dimo_ext.fold_in(key, 1),
+    )  # fmt: skip
+    drawn = dimo_ext.sample_categorical(logits, temperature=method.student_temperature, key=dimo_ext.fold_in(key, 2))
+    return StudentDraw(logits, drawn.tokens)
+
+
+def student_loss(
+    student: Teacher, teacher: Teacher, auxiliary: Teacher, condition: Condition, method: MethodConfig, key: Tensor
+) -> StudentLoss:
+    """Token-level distribution matching: D(teacher ‖ auxiliary) at re-masked student draws, moved onto the student.
+
+    dL/dθ ≈ Σ_{i masked} ∂D(p_i ‖ q_i)/∂z_ψ,i · ∂z_θ,i/∂θ, summed over tokens, divided by the batch. Teacher and
+    auxiliary see the same tokens and get no gradient.
+    """
+    draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
+    with torch.no_grad():
+        ratio = mask_ratio(method.mask_schedule, random_uniform(dimo_ext.fold_in(key, 1), draw.tokens.shape[0]))
+        masked = dimo_ext.mask_tokens(draw.tokens, ratio, student.mask_id, key=dimo_ext.fold_in(key, 2))
+        target = guided_logits(teacher, masked.tokens, condition, method.guidance_scale, mask_ratio=ratio)
+        estimate = auxiliary.logits(masked.tokens, condition, mask_ratio=ratio)
+        log_probs = torch.log_softmax(draw.logits.float() / method.student_temperature, -1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = dimo_ext.distribution_matching_loss(
+        draw.logits, target.cond, estimate, method.divergence, mask=masked.mask, teacher_uncond_logits=target.uncond,
+        guidance_scale=method.guidance_scale, teacher_temperature=method.teacher_temperature,
+    )  # fmt: skip
+    return StudentLoss(loss, draw, entropy)
+
+
+def auxiliary_loss(
+    auxiliary: Teacher, tokens_BL: Tensor, condition: Condition, method: MethodConfig, key: Tensor
+) -> Tensor:
+    """Cross-entropy of the auxiliary against the student's tokens at freshly masked positions (scalar, mean)."""
+    return masked_token_loss(auxiliary, tokens_BL, condition, method.mask_schedule, key, method.label_smoothing)

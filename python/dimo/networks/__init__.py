@@ -1,0 +1,1 @@
+"""Network modules that no library provides."""

@@ -1,0 +1,121 @@
+"""Samplers: flat functions that take a model; every draw is a pure function of ``key``.
+
+Each returns int64 tokens ``[B, L]`` without [MASK]. ``key`` is int64 ``[2]``, or ``[B, 2]`` with one key a sample:
+then a sample does not depend on the batch that it is drawn in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import dimo_ext
+from dimo_ext.random import Tag, random_words, uniform
+
+from .config import MethodConfig
+from .distill import draw_from_student
+from .guidance import guided_logits
+from .schedules import sampling_ratios
+from .teachers.base import Condition, Teacher, condition_size
+
+
+@torch.no_grad()
+def sample_one_step(student: Teacher, condition: Condition, method: MethodConfig, *, key: Tensor) -> Tensor:
+    """One network evaluation: x_init → logits → independent draws (Di[M]O, arXiv 2503.15457, Figure 2).
+
+    Args:
+        student: the distilled model.
+        condition: a pytree with leading batch dimension B.
+        method: its r_init, embedding noise and student temperature are used.
+        key: see the module's docstring.
+    """
+    return draw_from_student(student, condition, method, key).tokens
+
+
+@torch.no_grad()
+def sample_ancestral(
+    model: Teacher,
+    condition: Condition,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    key: Tensor,
+) -> Tensor:
+    """The reverse process of Di[M]O's Figure 2: each masked token is revealed with probability (r_t - r_s)/r_t.
+
+    Args:
+        model: the teacher.
+        condition: a pytree with leading batch dimension B.
+        steps: network evaluations; the last one reveals everything left.
+        mask_schedule: gives r at times from 1 to 0; see :mod:`dimo.schedules`.
+        guidance_scale: classifier-free guidance, 1 = off.
+        temperature: divides the logits, >= 0.
+        key: see the module's docstring.
+    """
+    ratios = sampling_ratios(mask_schedule, steps)
+    tokens, batch = _all_masked(model, condition), condition_size(condition)
+    for step in range(steps):
+        r_t, r_s = ratios[step].item(), ratios[step + 1].item()
+        step_key = dimo_ext.fold_in(key, step)
+        drawn = _draw(model, tokens, condition, r_t, guidance_scale, temperature, step_key).tokens
+        reveal = tokens == model.mask_id
+        if step < steps - 1:
+            words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
+            reveal &= uniform(words) < (r_t - r_s) / r_t
+        tokens = torch.where(reveal, drawn, tokens)
+    return tokens
+
+
+@torch.no_grad()
+def sample_confident(
+    model: Teacher,
+    condition: Condition,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    choice_temperature: float = 4.5,
+    key: Tensor,
+) -> Tensor:
+    """MaskGIT's parallel decoding (arXiv 2202.04200): reveal the most confident draws, a fixed number a step.
+
+    Confidence = log-probability of the draw + choice_temperature · (1 - progress) · Gumbel noise, progress from 1/steps
+    to 1. After step i, round(r·L) tokens stay masked, always at least one fewer than before.
+
+    Args:
+        model, condition, steps, mask_schedule, guidance_scale, temperature, key: as in :func:`sample_ancestral`;
+            steps beyond L evaluate nothing.
+        choice_temperature: scale of the annealed noise, >= 0.
+    """
+    tokens, batch = _all_masked(model, condition), condition_size(condition)
+    ratios, remaining = sampling_ratios(mask_schedule, steps), model.seq_len
+    for step in range(steps):
+        left = min(round(ratios[step + 1].item() * model.seq_len), remaining - 1) if step < steps - 1 else 0
+        step_key = dimo_ext.fold_in(key, step)
+        drawn = _draw(model, tokens, condition, ratios[step].item(), guidance_scale, temperature, step_key)
+        words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
+        noise = -torch.log(-torch.log(uniform(words)))
+        confidence = drawn.log_prob + choice_temperature * (1.0 - (step + 1) / steps) * noise
+        confidence = confidence.masked_fill(tokens != model.mask_id, -torch.inf)
+        chosen = confidence.topk(remaining - left, -1).indices
+        tokens = tokens.scatter(-1, chosen, drawn.tokens.gather(-1, chosen))
+        remaining = left
+        if remaining == 0:
+            break
+    return tokens
+
+
+def _all_masked(model: Teacher, condition: Condition) -> Tensor:
+    shape = (condition_size(condition), model.seq_len)
+    return torch.full(shape, model.mask_id, dtype=torch.int64, device=model.device)
+
+
+def _draw(model, tokens, condition, ratio, guidance_scale, temperature, key) -> dimo_ext.CategoricalSample:
+    ratio_B = torch.full((tokens.shape[0],), ratio, device=tokens.device)
+    logits = guided_logits(model, tokens, condition, guidance_scale, mask_ratio=ratio_B)
+    return dimo_ext.sample_categorical(
+        logits.cond, temperature=temperature, uncond_logits=logits.uncond, guidance_scale=guidance_scale, key=key
+    )

@@ -1,0 +1,109 @@
+"""The protocol that every masked diffusion model follows here: teacher, student and auxiliary alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import dimo_ext
+
+Condition = Any  # a pytree of tensors with a leading batch dimension
+
+NOISE_SCALES = ("unit", "rms")
+
+
+class Teacher(nn.Module, ABC):
+    """A masked diffusion model as training and sampling see it: tokens and a condition in, logits out.
+
+    Attributes:
+        kind: its name in the registry of teachers, written into checkpoints.
+        vocab_size: V, the number of real tokens; ``logits`` returns exactly these columns.
+        mask_id: the id of [MASK], outside [0, vocab_size).
+        seq_len: L.
+    """
+
+    kind: str
+    vocab_size: int
+    mask_id: int
+    seq_len: int
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens_BL: Tensor,
+        condition: Condition,
+        *,
+        mask_ratio: Tensor | None = None,
+        embedding_noise: float = 0.0,
+        embedding_noise_scale: str = "unit",
+        key: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits ``[B, L, V]`` of the clean tokens.
+
+        Args:
+            tokens_BL: int64 ``[B, L]``, masked positions hold ``mask_id``.
+            condition: a pytree of tensors ``[B, ...]``.
+            mask_ratio: ``[B]`` for models that take the time as an input; others ignore it.
+            embedding_noise: σ of the variance-preserving noise on the token embeddings, in [0, 1].
+            embedding_noise_scale: "unit" (as the official code) or "rms" (times the embedding table's RMS).
+            key: of the noise; needed when ``embedding_noise`` > 0.
+        """
+
+    @abstractmethod
+    def null_condition(self, batch_size: int) -> Condition:
+        """Return the unconditional condition for classifier-free guidance."""
+
+    @abstractmethod
+    def sample_condition(self, batch_size: int, key: Tensor) -> Condition:
+        """Draw conditions to train on, a pure function of ``key``."""
+
+    @abstractmethod
+    def decode(self, tokens_BL: Tensor) -> Any:
+        """Return what the tokens stand for: images float ``[B, C, H, W]`` in [0, 1], or a list of texts."""
+
+    @abstractmethod
+    def network_config(self) -> dict[str, Any]:
+        """Return the JSON-able sizes from which ``build`` makes the same network again."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, network_config: dict[str, Any]) -> Teacher:
+        """Return a freshly initialised model of the given sizes."""
+
+    def frozen_parameters(self) -> list[str]:
+        """Names of parameters that the published recipe keeps fixed in the student; used by ``freeze: recipe``."""
+        return []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return next(self.parameters()).device
+
+
+def perturbation(table: Tensor, sigma: float, scale: str, key: Tensor | None):
+    """Return the function that adds embedding noise to token embeddings, or None for σ = 0."""
+    if sigma == 0.0:
+        return None
+    if scale not in NOISE_SCALES:
+        raise ValueError(f"embedding_noise_scale: expected one of {', '.join(NOISE_SCALES)}, got {scale!r}")
+    rms = 1.0 if scale == "unit" else table.detach().float().square().mean().sqrt()
+    return lambda embeddings: dimo_ext.perturb_embeddings(embeddings, sigma, scale=rms, key=key)
+
+
+def concat_conditions(first: Condition, second: Condition) -> Condition:
+    """Concatenate two conditions along the batch."""
+    return pytree.tree_map(lambda a, b: torch.cat([a, b]), first, second)
+
+
+def index_condition(condition: Condition, index: Tensor | slice) -> Condition:
+    """Select samples of a condition."""
+    return pytree.tree_map(lambda leaf: leaf[index], condition)
+
+
+def condition_size(condition: Condition) -> int:
+    """Return the batch size of a condition."""
+    return pytree.tree_leaves(condition)[0].shape[0]

@@ -1,0 +1,401 @@
+"""The training loop: optimisers, EMA, logging, checkpoints. No maths: the losses are in distill.py and pretrain.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dimo_ext
+from dimo_ext.random import random_integers
+
+from .checkpoint import load_checkpoint, read_checkpoint_header, save_checkpoint
+from .config import ConfigError, DistillConfig, OptimizerConfig, PretrainConfig, RunConfig, to_dict
+from .data.digits import DigitsSplit
+from .distill import auxiliary_loss, draw_from_student, student_loss
+from .files import import_extra, prepare_output, write_text
+from .pretrain import pretrain_loss
+from .teachers import Teacher
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+
+# Keys that may differ between a checkpoint's configuration and the one that goes on from it.
+_FREE_KEYS = ("run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what to try."""
+
+
+class Interrupted(Exception):  # noqa: N818 - an event that callers handle, not an error
+    """The run was stopped by a signal after ``step`` steps; its checkpoint is written."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a configuration names; "auto" is the first GPU if there is one.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cuda" and torch.cuda.is_available():
+        if (device.index or 0) < torch.cuda.device_count():
+            return torch.device("cuda", device.index or 0)
+    elif device.type == "cpu":
+        return torch.device("cpu")
+    raise ConfigError(f"device: expected auto, cpu or an available cuda device, got {name!r}")
+
+
+class Updater:
+    """One network's optimiser: AdamW, warm-up and decay, clipping."""
+
+    def __init__(self, parameters: list[Tensor], config: OptimizerConfig, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.learning_rate, config.betas, config.eps, config.weight_decay, fused=True
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of 0-based ``step``: linear warm-up, then constant or cosine to ``final_fraction``."""
+        config = self.config
+        factor = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        if config.decay == "cosine":
+            cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.total_steps)))
+            factor *= config.final_fraction + (1.0 - config.final_fraction) * cosine
+        return config.learning_rate * factor
+
+    def update(self, loss: Tensor, step: int) -> Tensor:
+        """Backward and one optimiser step; return the gradient's norm before clipping, on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        return norm
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, decay min(d, (1+n)/(10+n)) at step n."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, step: int) -> None:
+        """Move the average towards ``source`` after 0-based ``step``."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.model.parameters()), list(source.parameters()), 1.0 - decay)
+
+
+class Trainer(ABC):
+    """What :func:`run_training` drives: a step, and the modules and optimisers that make up its state."""
+
+    run: RunConfig
+    modules: dict[str, nn.Module]
+    updaters: dict[str, Updater]
+
+    @property
+    @abstractmethod
+    def result(self) -> Teacher:
+        """The averaged model that training produces."""
+
+    @abstractmethod
+    def step(self, index: int) -> dict[str, Tensor]:
+        """Do 0-based step ``index``, a pure function of state, seed and index; return scalars on the device."""
+
+
+class DistillationTrainer(Trainer):
+    """Di[M]O: a student update, then ``num_auxiliary_steps`` auxiliary updates."""
+
+    def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
+        self.method, self.run = config.method, config.run
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = copy.deepcopy(teacher).requires_grad_(True)
+        self.auxiliary = copy.deepcopy(teacher).requires_grad_(True)
+        if config.method.freeze == "recipe":
+            for name in teacher.frozen_parameters():
+                self.student.get_parameter(name).requires_grad_(False)
+        self.ema = Ema(self.student, config.run.ema_decay)
+        self.key = dimo_ext.random_key(config.run.seed, device=teacher.device)
+        self.modules = {"student": self.student, "auxiliary": self.auxiliary, "ema": self.ema.model}
+        auxiliary_steps = config.run.steps * config.method.num_auxiliary_steps
+        self.updaters = {
+            "student_optimizer": Updater(list(self.student.parameters()), config.student, config.run.steps),
+            "auxiliary_optimizer": Updater(list(self.auxiliary.parameters()), config.auxiliary, auxiliary_steps),
+        }
+
+    @property
+    def result(self) -> Teacher:
+        """The student's moving average."""
+        return self.ema.model
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """One student update and its auxiliary updates."""
+        key, batch = dimo_ext.fold_in(self.key, index), self.run.batch_size
+        condition = self.teacher.sample_condition(batch, dimo_ext.fold_in(key, 0))
+        loss, draw, entropy = student_loss(
+            self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
+        )
+        norm = self.updaters["student_optimizer"].update(loss, index)
+        self.ema.update(self.student, index)
+        scalars = {"student_divergence": loss, "gradient_norm": norm, "token_entropy": entropy}
+        return scalars | self._update_auxiliary(index, key, draw.tokens, condition)
+
+    def _update_auxiliary(self, index: int, key: Tensor, tokens: Tensor, condition: Any) -> dict[str, Tensor]:
+        for k in range(self.method.num_auxiliary_steps):
+            inner = dimo_ext.fold_in(key, 2 + k)
+            if k > 0 or self.method.fresh_auxiliary_batch:
+                condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(inner, 0))
+                with torch.no_grad():
+                    tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(inner, 1)).tokens
+            loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(inner, 2))
+            step = index * self.method.num_auxiliary_steps + k
+            norm = self.updaters["auxiliary_optimizer"].update(loss, step)
+        return {"auxiliary_loss": loss, "auxiliary_gradient_norm": norm}
+
+
+class PretrainingTrainer(Trainer):
+    """Masked-token training of a teacher on a data set that fits in memory."""
+
+    def __init__(self, model: Teacher, data: DigitsSplit, config: PretrainConfig) -> None:
+        self.config, self.run, self.model = config, config.run, model.train()
+        self.tokens, self.labels = data.tokens.to(model.device), data.labels.to(model.device)
+        self.ema = Ema(model, config.run.ema_decay)
+        self.key = dimo_ext.random_key(config.run.seed, device=model.device)
+        self.modules = {"model": model, "ema": self.ema.model}
+        self.updaters = {"optimizer": Updater(list(model.parameters()), config.optimizer, config.run.steps)}
+
+    @property
+    def result(self) -> Teacher:
+        """The model's moving average."""
+        return self.ema.model
+
+    def step(self, index: int) -> dict[str, Tensor]:
+        """One update on a random batch."""
+        key = dimo_ext.fold_in(self.key, index)
+        rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
+        with _dropout_seed(self.run.seed, index):
+            loss = pretrain_loss(self.model, self.tokens[rows], self.labels[rows], self.config, key)
+            norm = self.updaters["optimizer"].update(loss, index)
+        self.ema.update(self.model, index)
+        return {"loss": loss, "gradient_norm": norm}
+
+
+@contextmanager
+def _dropout_seed(seed: int, index: int) -> Iterator[None]:
+    """Dropout reads torch's global generator: seed it for this step, so that a resumed run repeats, and restore it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000_003 + index)
+        yield
+
+
+Preview = Callable[[int, Teacher], tuple[dict[str, float], Tensor | None]]
+
+
+def run_training(trainer: Trainer, config: Any, preview: Preview | None = None) -> None:
+    """Run to ``config.run.steps``, going on from the folder's checkpoint if there is one.
+
+    Args:
+        trainer: freshly built from ``config``.
+        config: a :class:`PretrainConfig` or :class:`DistillConfig`, stored in the checkpoint.
+        preview: called every ``preview_every`` steps with the step and the averaged model; returns scalars for the log
+            and an image ``[C, H, W]`` (or None).
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds a checkpoint of another configuration.
+        CheckpointError: the checkpoint is truncated.
+        TrainingError: a loss is not finite; the last checkpoint stays.
+        Interrupted: SIGINT or SIGTERM; the checkpoint is written first. A second signal stops at once.
+    """
+    run, path = config.run, Path(config.run.output) / CHECKPOINT
+    prepare_output(run.output)
+    start = _resume(path, trainer, config)
+    if start >= run.steps:
+        print(f"{path} holds all {run.steps} steps already")
+        return
+    with _Logger(run, start) as logger, _StopFlag() as stop:
+        _loop(trainer, config, start, path, logger, stop, preview)
+
+
+def _loop(
+    trainer: Trainer, config: Any, start: int, path: Path, logger: _Logger, stop: _StopFlag, preview: Preview | None
+) -> None:
+    run = config.run
+
+    def save(done: int) -> None:
+        optimizers = {name: u.optimizer for name, u in trainer.updaters.items()}
+        save_checkpoint(path, done, to_dict(config), trainer.modules, optimizers)
+
+    for index in range(start, run.steps):
+        logger.add(trainer.step(index))
+        done = index + 1
+        last = done == run.steps
+        if done % run.log_every == 0 or last or stop.requested:
+            logger.flush(done)
+        if preview is not None and run.preview_every and (done % run.preview_every == 0 or last):
+            logger.preview(done, *preview(done, trainer.result))
+        if done % run.save_every == 0 or last or stop.requested:
+            save(done)
+        if stop.requested and not last:
+            raise Interrupted(done)
+
+
+def _resume(path: Path, trainer: Trainer, config: Any) -> int:
+    """Restore the folder's checkpoint into ``trainer``; return the number of steps done."""
+    if not path.exists():
+        return 0
+    step, stored = read_checkpoint_header(path)
+    differing = sorted(_differences(stored, to_dict(config)))
+    if differing:
+        raise ConfigError(
+            f"{path.parent} holds a run of another configuration ({'; '.join(differing)}): "
+            "choose another run.output or delete the folder"
+        )
+    load_checkpoint(path, trainer.modules, {name: u.optimizer for name, u in trainer.updaters.items()})
+    print(f"going on from {path}, step {step}")
+    return step
+
+
+def _differences(stored: dict, current: dict, prefix: str = "") -> Iterator[str]:
+    for name in sorted(stored.keys() | current.keys()):
+        key, a, b = f"{prefix}{name}", stored.get(name), current.get(name)
+        if key in _FREE_KEYS or key == "report":
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{key}.")
+        elif a != b:
+            yield f"{key}: {a!r} there, {b!r} now"
+
+
+class _StopFlag:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one acts at once."""
+
+    def __enter__(self) -> _StopFlag:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: signals are the caller's business
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("\nstopping after this step (once more: at once) ...")
+
+
+class _Logger:
+    """Averages scalars on the device, writes log.jsonl and TensorBoard, moves the progress bar."""
+
+    def __init__(self, run: RunConfig, start: int) -> None:
+        self.run, self.start = run, start
+        self.path = Path(run.output) / LOG
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def __enter__(self) -> _Logger:
+        _truncate_log(self.path, self.start)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = _open_board(self.run, self.start)
+        self.bar = tqdm(total=self.run.steps, initial=self.start, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add one step's scalars without reading them."""
+        for name, value in scalars.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        self.bar.update()
+
+    def flush(self, step: int) -> None:
+        """Read the means since the last flush and write them; raises TrainingError when one is not finite."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[n].float() for n in names]).div(self.count).tolist()
+        record = dict(zip(names, means, strict=True))
+        broken = [n for n, value in record.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingError(
+                f"step {step}: {', '.join(broken)} is not finite; lower the learning rates or set clip_norm. "
+                "The last checkpoint is kept."
+            )
+        seconds = (time.perf_counter() - self.clock) / self.count
+        self._write(step, record | {"seconds_per_step": seconds})
+        self.bar.set_postfix({n: f"{record[n]:.3g}" for n in names[:1] + names[3:4]})
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
+
+    def preview(self, step: int, scalars: dict[str, float], image: Tensor | None) -> None:
+        """Write a preview's scalars and image; its time does not count as training."""
+        if scalars:
+            self._write(step, scalars)
+        if image is not None and self.board is not None:
+            self.board.add_image("samples", image, step)
+        self.clock = time.perf_counter()
+
+    def _write(self, step: int, record: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in record.items()}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, step)
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop lines after ``step``: a resumed run writes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the half-written last line of a killed run
+        return math.inf
+
+
+def _open_board(run: RunConfig, start: int) -> Any:
+    if not run.tensorboard:
+        return None
+    import_extra("tensorboard", "run.tensorboard")
+    writer = import_extra("torch.utils.tensorboard", "run.tensorboard").SummaryWriter
+    return writer(Path(run.output) / "tensorboard", purge_step=start + 1 if start else None)
