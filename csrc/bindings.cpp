@@ -1,0 +1,163 @@
+// The Python module: unpacks addresses and scalars, releases the GIL, switches the device, checks launch errors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/philox.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace dimo {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+MaskTokensArgs mask_tokens_args(Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length,
+                                double ratio, Address ratios, Address key, int64_t key_stride, int64_t mask_id,
+                                bool bernoulli, int64_t min_masked) {
+  if (length > 4 * kMaxPhiloxBlocks)
+    throw std::invalid_argument("mask_tokens: length must be at most 2^26, got " + std::to_string(length));
+  return {pointer<const int64_t>(tokens),
+          pointer<int64_t>(out_tokens),
+          pointer<bool>(out_mask),
+          batch,
+          length,
+          static_cast<float>(ratio),
+          pointer<const float>(ratios),
+          pointer<const int64_t>(key),
+          key_stride,
+          mask_id,
+          min_masked,
+          bernoulli};
+}
+
+std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const Words4 words = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {words.word[0], words.word[1], words.word[2], words.word[3]};
+}
+
+#if defined(DIMO_WITH_CUDA)
+
+void check(int error, const char* op) {
+  if (error != 0)
+    throw std::runtime_error(std::string(op) + ": CUDA error " + std::to_string(error) + ": " +
+                             cuda::error_text(error));
+}
+
+// Calls launcher(args, stream) with the device made current.
+template <class Args>
+void on_device(int device, Address stream, const char* op, int (*launcher)(const Args&, void*), const Args& args) {
+  const cuda::DeviceGuard guard(device);
+  check(guard.error(), op);
+  check(launcher(args, pointer<void>(stream)), op);
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::vector<std::string> split(const std::string& list) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(' ', begin), list.size());
+    parts.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+std::tuple<bool, std::string, int, int> cuda_driver_status() {
+  cuda::Versions versions;
+  const int error = cuda::driver_status(&versions);
+  std::string reason;
+  if (versions.driver == 0)
+    reason = "there is no CUDA driver";
+  else if (error != 0)
+    reason = std::string(cuda::error_text(error)) + " (the driver supports CUDA " + version_text(versions.driver) +
+             ", the module was built with CUDA " + version_text(versions.runtime) + ")";
+  return {error == 0, reason, versions.driver, versions.runtime};
+}
+
+std::string cuda_device_problem(int device) {
+  const int error = cuda::device_status(device);
+  if (error == 0) return "";
+  return std::string(cuda::error_text(error)) + " (the module was built for " + DIMO_CUDA_ARCHITECTURES + ")";
+}
+
+#else
+
+constexpr const char* kNoCuda = "the compiled module was built without CUDA";
+
+std::tuple<bool, std::string, int, int> cuda_driver_status() { return {false, kNoCuda, 0, 0}; }
+
+std::string cuda_device_problem(int) { return kNoCuda; }
+
+#endif
+
+void define_build_info(py::module_& m) {
+  m.attr("compiler") = DIMO_COMPILER;
+  m.attr("build_type") = DIMO_BUILD_TYPE;
+#if defined(DIMO_WITH_CUDA)
+  m.attr("cuda_toolkit") = DIMO_CUDA_TOOLKIT;
+  m.attr("cuda_architectures") = split(DIMO_CUDA_ARCHITECTURES);
+#else
+  m.attr("cuda_toolkit") = py::none();
+  m.attr("cuda_architectures") = std::vector<std::string>{};
+#endif
+  m.def("cuda_driver_status", &cuda_driver_status, "(usable, reason if not, driver version, runtime version)");
+  m.def("cuda_device_problem", &cuda_device_problem, py::arg("device_index"),
+        "Why this module's kernels cannot run on a device; empty if they can. Creates the device's context.");
+}
+
+void define_mask_tokens(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_mask_tokens",
+      [](Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length, double ratio,
+         Address ratios, Address key, int64_t key_stride, int64_t mask_id, bool bernoulli, int64_t min_masked,
+         int num_threads) {
+        cpu::mask_tokens(mask_tokens_args(tokens, out_tokens, out_mask, batch, length, ratio, ratios, key, key_stride,
+                                          mask_id, bernoulli, min_masked),
+                         num_threads);
+      },
+      arg("tokens"), arg("out_tokens"), arg("out_mask"), arg("batch"), arg("length"), arg("ratio"), arg("ratios"),
+      arg("key"), arg("key_stride"), arg("mask_id"), arg("bernoulli"), arg("min_masked"), arg("num_threads"), no_gil);
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_mask_tokens",
+      [](Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length, double ratio,
+         Address ratios, Address key, int64_t key_stride, int64_t mask_id, bool bernoulli, int64_t min_masked,
+         int device_index, Address stream) {
+        on_device(device_index, stream, "mask_tokens", &cuda::mask_tokens,
+                  mask_tokens_args(tokens, out_tokens, out_mask, batch, length, ratio, ratios, key, key_stride, mask_id,
+                                   bernoulli, min_masked));
+      },
+      arg("tokens"), arg("out_tokens"), arg("out_mask"), arg("batch"), arg("length"), arg("ratio"), arg("ratios"),
+      arg("key"), arg("key_stride"), arg("mask_id"), arg("bernoulli"), arg("min_masked"), arg("device_index"),
+      arg("stream"), no_gil);
+#endif
+}
+
+}  // namespace
+}  // namespace dimo
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of dimo_ext. Addresses are integers; the Python layer checks every argument.";
+  dimo::define_build_info(m);
+  m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
+  dimo::define_mask_tokens(m);
+}

@@ -1,0 +1,67 @@
+// Every launcher of the library. Raw pointers and sizes only: no framework, no Python.
+//
+// CPU launchers take the number of threads they may use. CUDA launchers take a stream (a cudaStream_t), run on the
+// current device, neither allocate nor synchronise, and return a cudaError_t as int: 0 is success.
+#pragma once
+
+#include <cstdint>
+
+namespace dimo {
+
+// Masks the k tokens of each row that carry the smallest random words (ties: lower index first); common/masking.h
+// defines k. All arrays are contiguous, [batch, length] unless said otherwise; out_tokens must not overlap tokens.
+struct MaskTokensArgs {
+  const int64_t* tokens;
+  int64_t* out_tokens;
+  bool* out_mask;
+  int64_t batch;
+  int64_t length;
+  float ratio;          // of every row, unless `ratios` is given
+  const float* ratios;  // [batch] or null
+  const int64_t* key;   // (seed, offset), one for all rows or one a row
+  int64_t key_stride;   // 0 or 2
+  int64_t mask_id;
+  int64_t min_masked;
+  bool bernoulli;
+};
+
+namespace cpu {
+
+void mask_tokens(const MaskTokensArgs& args, int num_threads);
+
+}  // namespace cpu
+
+namespace cuda {
+
+int mask_tokens(const MaskTokensArgs& args, void* stream);
+
+struct Versions {
+  int driver;   // newest CUDA version the installed driver supports, 0 without a driver
+  int runtime;  // CUDA version of the runtime inside this module
+};
+
+// 0 if the driver can run this module and there is a device; touches no device.
+int driver_status(Versions* versions);
+
+// 0 if this module holds code that runs on the device; creates the device's context.
+int device_status(int device);
+
+const char* error_text(int error);
+
+// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool switched_ = false;
+  int error_ = 0;
+};
+
+}  // namespace cuda
+}  // namespace dimo
