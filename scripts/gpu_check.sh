@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: build, test, sanitise and benchmark in one command, within ten minutes.
+#
+#   scripts/gpu_check.sh OUT_FOLDER
+#
+# Writes log.txt, summary.txt, build_info.json and one CSV a benchmark into OUT_FOLDER. Fetches nothing: torch, pytest,
+# scikit-build-core, pybind11, CMake and nvcc must be there. PYTHON names the interpreter (default python3). The package
+# is installed into that interpreter's environment. Fails when the build or a test fails.
+set -uo pipefail
+
+if [[ $# -ne 1 ]]; then
+  echo "usage: $0 OUT_FOLDER" >&2
+  exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+deadline=$((SECONDS + 570))
+failed=0
+: >"$out/log.txt"
+: >"$out/summary.txt"
+
+die() {
+  echo "gpu_check: $*" | tee -a "$out/summary.txt" >&2
+  exit 1
+}
+
+# phase NAME SECONDS COMMAND...: runs it into the log, within its own limit and the deadline.
+phase() {
+  local name=$1 limit=$2 begin=$SECONDS status
+  shift 2
+  ((limit = limit < deadline - SECONDS ? limit : deadline - SECONDS))
+  if ((limit < 1)); then
+    echo "skipped  $name: out of time" | tee -a "$out/summary.txt"
+    return 124
+  fi
+  printf '\n===== %s\n' "$name" >>"$out/log.txt"
+  timeout --kill-after=5 "$limit" "$@" >>"$out/log.txt" 2>&1
+  status=$?
+  printf '%-8s %s (%d s, exit %d)\n' "$([[ $status == 0 ]] && echo ok || echo FAILED)" "$name" $((SECONDS - begin)) \
+    "$status" | tee -a "$out/summary.txt"
+  return $status
+}
+
+command -v nvcc >/dev/null || die "no nvcc on PATH; install the CUDA toolkit"
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+[[ $capability =~ ^[0-9]+\.[0-9]+$ ]] || die "no NVIDIA GPU: nvidia-smi reports none"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
+  die "$python has no torch that sees the GPU"
+
+# Machine code for this GPU alone keeps the build short.
+export DIMO_EXT_CUDA=on DIMO_EXT_REQUIRE_NATIVE=1 CUDAARCHS=${CUDAARCHS:-${capability/./}-real}
+phase "build for $CUDAARCHS" 270 \
+  "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . || die "the build failed; see log.txt"
+
+# Isolated (-I), so that the installed package is imported and not the source folder.
+phase "kernels served on the GPU" 60 "$python" -I - "$out/build_info.json" <<'PYTHON' || failed=1
+import json, pathlib, sys
+import dimo_ext
+info = dimo_ext.build_info()
+pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
+served = info["operators"]["mask_tokens"]["cuda"]
+sys.exit(None if served["backend"] == "native" else f"mask_tokens: {served['problem']}")
+PYTHON
+
+PYTHONSAFEPATH=1 phase tests 240 "$python" -m pytest -q --durations=10 || failed=1
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    # Without torch's caching every tensor is an allocation of its own, so that an overrun by one element shows.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 phase "compute-sanitizer $tool" 60 \
+      compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -I - <<'PYTHON' || failed=1
+import torch
+import dimo_ext
+with dimo_ext.use_backend("native"):
+    for batch, length in [(1, 1), (3, 65), (2, 1000), (2, 5000)]:
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
+        ratio = torch.linspace(0.1, 0.9, batch, device="cuda")
+        for mode in ("exact", "bernoulli"):
+            key = dimo_ext.random_key(list(range(batch)), device="cuda")
+            dimo_ext.mask_tokens(tokens, ratio, 7, mode=mode, key=key)
+torch.cuda.synchronize()
+PYTHON
+  done
+else
+  echo "skipped  compute-sanitizer: not installed" | tee -a "$out/summary.txt"
+fi
+
+for benchmark in benchmarks/bench_*.py; do
+  name=$(basename "$benchmark" .py)
+  phase "$name" 120 "$python" "$benchmark" --device cuda --out "$out/$name.csv" || true  # a number missing is no defect
+done
+
+echo "$([[ $failed == 0 ]] && echo passed || echo FAILED) in $SECONDS s; details in $out/log.txt" |
+  tee -a "$out/summary.txt"
+exit $failed
