@@ -198,7 +198,9 @@ class PretrainingTrainer(Trainer):
         key = dimo_ext.fold_in(self.key, index)
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
         with _dropout_seed(self.run.seed, index):
-            loss = pretrain_loss(self.model, self.tokens[rows], self.labels[rows], self.config, key)
+            loss = pretrain_loss(
+                self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
+            )
             norm = self.updaters["optimizer"].update(loss, index)
         self.ema.update(self.model, index)
         return {"loss": loss, "gradient_norm": norm}
