@@ -25,11 +25,15 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+void check_length(const char* op, int64_t length) {
+  if (length > 4 * kMaxPhiloxBlocks)
+    throw std::invalid_argument(std::string(op) + ": length must be at most 2^26, got " + std::to_string(length));
+}
+
 MaskTokensArgs mask_tokens_args(Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length,
                                 double ratio, Address ratios, Address key, int64_t key_stride, int64_t mask_id,
                                 bool bernoulli, int64_t min_masked) {
-  if (length > 4 * kMaxPhiloxBlocks)
-    throw std::invalid_argument("mask_tokens: length must be at most 2^26, got " + std::to_string(length));
+  check_length("mask_tokens", length);
   return {pointer<const int64_t>(tokens),
           pointer<int64_t>(out_tokens),
           pointer<bool>(out_mask),
@@ -42,6 +46,13 @@ MaskTokensArgs mask_tokens_args(Address tokens, Address out_tokens, Address out_
           mask_id,
           min_masked,
           bernoulli};
+}
+
+InitTokensArgs init_tokens_args(Address out_tokens, int64_t batch, int64_t length, double ratio, Address key,
+                                int64_t key_stride, int64_t mask_id, uint32_t vocab_size) {
+  check_length("init_tokens", length);
+  return {pointer<int64_t>(out_tokens), batch,      length,  static_cast<float>(ratio),
+          pointer<const int64_t>(key),  key_stride, mask_id, vocab_size};
 }
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
@@ -152,6 +163,31 @@ void define_mask_tokens(py::module_& m) {
 #endif
 }
 
+void define_init_tokens(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_init_tokens",
+      [](Address out_tokens, int64_t batch, int64_t length, double ratio, Address key, int64_t key_stride,
+         int64_t mask_id, uint32_t vocab_size, int num_threads) {
+        cpu::init_tokens(init_tokens_args(out_tokens, batch, length, ratio, key, key_stride, mask_id, vocab_size),
+                         num_threads);
+      },
+      arg("out_tokens"), arg("batch"), arg("length"), arg("ratio"), arg("key"), arg("key_stride"), arg("mask_id"),
+      arg("vocab_size"), arg("num_threads"), no_gil);
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_init_tokens",
+      [](Address out_tokens, int64_t batch, int64_t length, double ratio, Address key, int64_t key_stride,
+         int64_t mask_id, uint32_t vocab_size, int device_index, Address stream) {
+        on_device(device_index, stream, "init_tokens", &cuda::init_tokens,
+                  init_tokens_args(out_tokens, batch, length, ratio, key, key_stride, mask_id, vocab_size));
+      },
+      arg("out_tokens"), arg("batch"), arg("length"), arg("ratio"), arg("key"), arg("key_stride"), arg("mask_id"),
+      arg("vocab_size"), arg("device_index"), arg("stream"), no_gil);
+#endif
+}
+
 }  // namespace
 }  // namespace dimo
 
@@ -160,4 +196,5 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_build_info(m);
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
   dimo::define_mask_tokens(m);
+  dimo::define_init_tokens(m);
 }

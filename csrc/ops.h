@@ -25,15 +25,29 @@ struct MaskTokensArgs {
   bool bernoulli;
 };
 
+// The student's input: uniform random ids below vocab_size, of which exactly rint(ratio * length) a row become mask_id.
+struct InitTokensArgs {
+  int64_t* out_tokens;  // [batch, length], contiguous
+  int64_t batch;
+  int64_t length;
+  float ratio;
+  const int64_t* key;  // as in MaskTokensArgs
+  int64_t key_stride;
+  int64_t mask_id;
+  uint32_t vocab_size;
+};
+
 namespace cpu {
 
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
+void init_tokens(const InitTokensArgs& args, int num_threads);
 
 }  // namespace cpu
 
 namespace cuda {
 
 int mask_tokens(const MaskTokensArgs& args, void* stream);
+int init_tokens(const InitTokensArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

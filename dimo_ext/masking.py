@@ -54,9 +54,17 @@ def _mask_tokens_fake(tokens, *_):
     return contiguous, torch.empty_like(contiguous, dtype=torch.bool)
 
 
-def _init_tokens(key, *args):
-    native_kernel("init_tokens", key.device)  # under "native": raises while there is no kernel
-    return reference.init_tokens(key, *args)
+def _init_tokens(key, batch_size, seq_len, vocab_size, mask_id, r_init):
+    kernel = native_kernel("init_tokens", key.device)
+    if kernel is None:
+        return reference.init_tokens(key, batch_size, seq_len, vocab_size, mask_id, r_init)
+    key = key.contiguous()
+    tokens = key.new_empty(batch_size, seq_len)
+    kernel(
+        tokens.data_ptr(), batch_size, seq_len, r_init, key.data_ptr(), 2 if key.dim() == 2 else 0,
+        mask_id, vocab_size, *_placement(key.device),
+    )  # fmt: skip
+    return tokens
 
 
 for _device in ("CPU", "CUDA"):

@@ -38,7 +38,7 @@ def mask_tokens(
     else:
         count = torch.round(clamped * length).long()
     mask = _smallest(words, count.clamp(min(min_masked, length), length))
-    return tokens.masked_fill(mask, mask_id), mask
+    return tokens.contiguous().masked_fill(mask, mask_id), mask
 
 
 def init_tokens(key: Tensor, batch_size: int, seq_len: int, vocab_size: int, mask_id: int, r_init: float) -> Tensor:
@@ -326,14 +326,16 @@ def _alpha(divergence: names.Alpha) -> tuple[_Terms, _Limits]:
     a = divergence.alpha
     norm = a * (a - 1.0)
 
+    reach = min(1.0, 80.0 / abs(a))  # exp(a·x) stays finite in float32
+
     def terms(p, q, log_p, log_q):
         x = log_p - log_q
-        near = x.clamp(-1, 1)
+        near, is_near = x.clamp(-reach, reach), x.abs() < reach
         power = torch.exp(log_q + a * x)  # p^α q^(1-α)
         value = torch.where(
-            _near(x), q * (_expm1_minus(a * near) - a * _expm1_minus(near)), power - a * p - (1.0 - a) * q
+            is_near, q * (_expm1_minus(a * near) - a * _expm1_minus(near)), power - a * p - (1.0 - a) * q
         )
-        return value / norm, torch.where(_near(x), -q * torch.expm1(a * near), q - power) / a
+        return value / norm, torch.where(is_near, -q * torch.expm1(a * near), q - power) / a
 
     no_p, no_q = (1.0 / a if a > 0 else math.inf), (1.0 / (1.0 - a) if a < 1 else math.inf)
     return terms, _Limits(no_p, no_q, no_p, 0.0 if a < 1 else -math.inf)

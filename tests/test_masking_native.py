@@ -1,4 +1,4 @@
-"""The CPU masking kernel, called directly, against the written contract evaluated in numpy and exact integers."""
+"""The CPU kernels of masking and initial tokens against the written contract in numpy and exact integers."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 core = pytest.importorskip("dimo_ext._core")
 
-TAG = 1
+MASK_TOKENS, INIT_MASK, INIT_IDS = 1, 2, 3  # operator tags
 MASK_ID = -7
 LENGTHS = [1, 2, 3, 63, 64, 65, 1000, 65536]
 
@@ -42,10 +42,10 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return c
 
 
-def row_words(seed: int, offset: int, row: int, length: int) -> np.ndarray:
+def row_words(seed: int, offset: int, row: int, length: int, tag: int = MASK_TOKENS) -> np.ndarray:
     seed, offset, blocks = seed % 2**64, offset % 2**64, -(-length // 4)
     counter = np.zeros((4, blocks), np.uint64)
-    counter[0] = np.arange(blocks, dtype=np.uint64) | np.uint64(TAG << 24)
+    counter[0] = np.arange(blocks, dtype=np.uint64) | np.uint64(tag << 24)
     counter[1:] = np.array([[row], [offset % 2**32], [offset >> 32]], np.uint64)
     return philox(counter, (seed % 2**32, seed >> 32)).T.reshape(-1)[:length]
 
@@ -154,6 +154,24 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     together = run(Case(3, 100, 0.5, keys))[2]
     for row, key in enumerate(keys):
         assert np.array_equal(run(Case(1, 100, 0.5, [key]))[2][0], together[row])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_init_tokens(length: int, batch: int) -> None:
+    """Uniform ids by multiply-shift, exactly rint(ratio * length) of them masked; no minimum."""
+    for ratio, vocab, shared in [(0.0, 17, True), (0.5, 1, False), (0.8, 1024, True), (1.0, 2**24, False)]:
+        keys = np.array([-3, 2**40 + 5] if shared else [[b - 3, b << 33] for b in range(batch)], np.int64)
+        out = np.full((batch, length), 99, np.int64)
+        core.cpu_init_tokens(
+            out.ctypes.data, batch, length, ratio, keys.ctypes.data, 0 if shared else 2, MASK_ID, vocab, 2
+        )
+        for row in range(batch):
+            seed, offset, index = (*map(int, keys), row) if shared else (*map(int, keys[row]), 0)
+            want = (row_words(seed, offset, index, length, INIT_IDS) * np.uint64(vocab) >> np.uint64(32)).astype(int)
+            order = np.argsort(row_words(seed, offset, index, length, INIT_MASK), kind="stable")
+            want[order[: int(np.rint(np.float32(ratio) * np.float32(length)))]] = MASK_ID
+            assert np.array_equal(out[row], want)
 
 
 def test_length_beyond_the_counter_is_refused() -> None:

@@ -50,6 +50,11 @@ DIMO_HOST_DEVICE inline Words4 random_words(RandomKey key, OperatorTag tag, uint
   return philox4x32(counter, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 
+// A uniform id below `count` from one word; the bias is at most count / 2^32.
+DIMO_HOST_DEVICE inline int64_t scaled_word(uint32_t word, uint32_t count) {
+  return static_cast<int64_t>(static_cast<uint64_t>(word) * count >> 32);
+}
+
 // The random stream of one row: `keys` holds one (seed, offset) for all rows, which the row number then tells apart, or
 // (stride 2) one a row, which alone decides.
 struct RowStream {

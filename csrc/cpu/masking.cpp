@@ -1,4 +1,5 @@
-// Forward masking on the CPU: rows over threads; reads 8 and writes 9 bytes a token, the draw costs more than either.
+// Forward masking and initial tokens on the CPU: rows over threads; reads at most 8 and writes at most 9 bytes a token,
+// the draw costs more than either.
 #include "common/masking.h"
 
 #include <algorithm>
@@ -44,8 +45,9 @@ DigitChoice choose_digit(const std::array<uint32_t, kDigits>& histogram, uint32_
   return choice;
 }
 
-uint64_t bound_of_smallest(uint32_t k, const int64_t* keys, int64_t length) {
-  KeySearch search(k);
+// The k smallest keys are those not above the bound; k > 0.
+uint64_t bound_of_smallest(int64_t k, const int64_t* keys, int64_t length) {
+  KeySearch search(static_cast<uint32_t>(k));
   while (!search.done) {
     std::array<uint32_t, kDigits> histogram{};
     for (int64_t i = 0; i < length; ++i) {
@@ -64,21 +66,42 @@ void mask_row(const MaskTokensArgs& args, int64_t row) {
 
   draw_keys(RowStream(args.key, args.key_stride, OperatorTag::mask_tokens, row), args.length, out);
   const int64_t k = masked_count(args, row, out);
-  const uint64_t bound = k > 0 ? bound_of_smallest(static_cast<uint32_t>(k), out, args.length) : 0;
+  const uint64_t bound = k > 0 ? bound_of_smallest(k, out, args.length) : 0;
   for (int64_t i = 0; i < args.length; ++i) {
     mask[i] = k > 0 && static_cast<uint64_t>(out[i]) <= bound;
     out[i] = mask[i] ? args.mask_id : tokens[i];
   }
 }
 
-}  // namespace
+void init_row(const InitTokensArgs& args, int64_t row) {
+  int64_t* out = args.out_tokens + row * args.length;
+  draw_keys(RowStream(args.key, args.key_stride, OperatorTag::init_mask, row), args.length, out);
+  const int64_t k = exact_count(args.ratio, args.length);
+  const uint64_t bound = k > 0 ? bound_of_smallest(k, out, args.length) : 0;
 
-void mask_tokens(const MaskTokensArgs& args, int num_threads) {
+  const RowStream ids(args.key, args.key_stride, OperatorTag::init_ids, row);
+  for (int64_t start = 0; start < args.length; start += 4) {
+    const Words4 words = ids.words(static_cast<uint32_t>(start / 4));
+    for (int64_t i = start; i < std::min(start + 4, args.length); ++i) {
+      const bool masked = k > 0 && static_cast<uint64_t>(out[i]) <= bound;
+      out[i] = masked ? args.mask_id : scaled_word(words.word[i - start], args.vocab_size);
+    }
+  }
+}
+
+template <class Args>
+void for_each_row(const Args& args, int num_threads, void (*do_row)(const Args&, int64_t)) {
   if (args.batch == 0 || args.length == 0) return;
   const int64_t rows_per_task = std::max<int64_t>(1, kTokensPerTask / args.length);
   parallel_rows(args.batch, rows_per_task, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) mask_row(args, row);
+    for (int64_t row = begin; row < end; ++row) do_row(args, row);
   });
 }
+
+}  // namespace
+
+void mask_tokens(const MaskTokensArgs& args, int num_threads) { for_each_row(args, num_threads, mask_row); }
+
+void init_tokens(const InitTokensArgs& args, int num_threads) { for_each_row(args, num_threads, init_row); }
 
 }  // namespace dimo::cpu

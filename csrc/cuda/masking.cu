@@ -1,4 +1,5 @@
-// Forward masking: one block a sample, one launch, no workspace. Reads 8 and writes 9 bytes a token.
+// Forward masking and initial tokens: one block a sample, one launch, no workspace. Reads at most 8 and writes at most
+// 9 bytes a token.
 //
 // Every thread owns blocks of four tokens, the words of one Philox call. It keeps its first four words (all there are
 // up to length 4 * kMaxThreads) and draws the others anew in each pass, so that any length works without storing words.
@@ -22,8 +23,9 @@ struct RowWords {
   uint32_t length;
   Words4 first;
 
-  __device__ RowWords(const MaskTokensArgs& args, int64_t row)
-      : stream(args.key, args.key_stride, OperatorTag::mask_tokens, row),
+  template <class Args>
+  __device__ RowWords(const Args& args, OperatorTag tag, int64_t row)
+      : stream(args.key, args.key_stride, tag, row),
         length(static_cast<uint32_t>(args.length)),
         first(stream.words(threadIdx.x)) {}
 
@@ -100,7 +102,7 @@ __device__ uint64_t bound_of_smallest(uint32_t k, const RowWords& words) {
 
 __global__ __launch_bounds__(kMaxThreads) void mask_tokens_kernel(MaskTokensArgs args) {
   const int64_t row = blockIdx.x;
-  const RowWords words(args, row);
+  const RowWords words(args, OperatorTag::mask_tokens, row);
   const int64_t k = masked_count(args, row, words);
   const uint64_t bound = k > 0 ? bound_of_smallest(static_cast<uint32_t>(k), words) : 0;
 
@@ -112,18 +114,39 @@ __global__ __launch_bounds__(kMaxThreads) void mask_tokens_kernel(MaskTokensArgs
   });
 }
 
+__global__ __launch_bounds__(kMaxThreads) void init_tokens_kernel(InitTokensArgs args) {
+  const int64_t row = blockIdx.x;
+  const RowWords words(args, OperatorTag::init_mask, row);
+  const int64_t k = exact_count(args.ratio, args.length);
+  const uint64_t bound = k > 0 ? bound_of_smallest(static_cast<uint32_t>(k), words) : 0;
+
+  int64_t* out = args.out_tokens + row * args.length;
+  const RowWords ids(args, OperatorTag::init_ids, row);
+  ids.each([&](uint32_t word, uint32_t index) { out[index] = scaled_word(word, args.vocab_size); });
+  if (k == 0) return;
+  words.each([&](uint32_t word, uint32_t index) {
+    if (sort_key(word, index) <= bound) out[index] = args.mask_id;  // the same thread wrote the id
+  });
+}
+
 unsigned threads_for(int64_t length) {
   const int64_t warps = (length + 4 * kWarp - 1) / (4 * kWarp);
   return static_cast<unsigned>(warps * kWarp < kMaxThreads ? warps * kWarp : kMaxThreads);
 }
 
-}  // namespace
-
-int mask_tokens(const MaskTokensArgs& args, void* stream) {
+// A block a row.
+template <class Args>
+int launch_rows(void (*kernel)(Args), const Args& args, void* stream) {
   if (args.batch == 0 || args.length == 0) return cudaSuccess;
   if (args.batch > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(args.batch));
-  return launch(mask_tokens_kernel, grid, dim3(threads_for(args.length)), 0, stream, args);
+  return launch(kernel, grid, dim3(threads_for(args.length)), 0, stream, args);
 }
+
+}  // namespace
+
+int mask_tokens(const MaskTokensArgs& args, void* stream) { return launch_rows(mask_tokens_kernel, args, stream); }
+
+int init_tokens(const InitTokensArgs& args, void* stream) { return launch_rows(init_tokens_kernel, args, stream); }
 
 }  // namespace dimo::cuda
