@@ -1,27 +1,9 @@
-"""The one way in which an operator's gradient, computed together with its value, reaches the logits."""
+"""How the gradient that an operator computes together with its value reaches the logits, and how values are reduced."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-
-class _SavedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, receiver: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = receiver.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):
-        (gradient,) = ctx.saved_tensors
-        compute = torch.promote_types(upstream.dtype, gradient.dtype)
-        scaled = gradient.to(compute) * upstream[..., None].to(compute)
-        # A masked-out row may meet an infinite upstream: its gradient stays exactly zero.
-        return torch.where(gradient == 0, 0.0, scaled).to(ctx.dtype), None, None
 
 
 def needs_gradient(receiver: Tensor) -> bool:
@@ -29,9 +11,44 @@ def needs_gradient(receiver: Tensor) -> bool:
     return torch.is_grad_enabled() and receiver.requires_grad
 
 
-def attach_gradient(receiver: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``value`` ``[...]`` whose backward gives ``gradient`` ``[..., V]`` × upstream to ``receiver``."""
-    return _SavedGradient.apply(receiver, value, gradient)
+def register_saved_gradient(name: str, lib: torch.library.Library) -> None:
+    """Register the autograd formula of an operator whose backward was computed in its forward.
+
+    The first input receives the gradient; the first output is the value ``[...]``, the last one ∂value/∂input
+    ``[..., V]`` (empty when it was not asked for). Upstream factors (weight, 1/count, a loss scaler's) are applied in
+    float32, rounded once to the receiver's dtype.
+    """
+    torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=lib)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[-1])
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+
+
+def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * ctx.inputs
+    if gradient.dim() != upstream.dim() + 1:
+        raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
+    return _Scale.apply(gradient, upstream, ctx.dtype), *[None] * (ctx.inputs - 1)
+
+
+class _Scale(torch.autograd.Function):
+    """gradient × upstream; its own derivative is refused, since the operator keeps only its first one."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+        compute = torch.promote_types(upstream.dtype, gradient.dtype)
+        scaled = gradient.to(compute) * upstream[..., None].to(compute)
+        # A masked-out row may meet an infinite upstream: its gradient stays exactly zero.
+        return torch.where(gradient == 0, 0.0, scaled).to(dtype)
+
+    @staticmethod
+    def backward(ctx, *_: Tensor):
+        raise RuntimeError("dimo_ext operators are once differentiable: no gradient of a gradient (create_graph=True)")
 
 
 def reduce_tokens(value: Tensor, counted: Tensor | None, reduction: str) -> Tensor:

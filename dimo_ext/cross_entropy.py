@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import attach_gradient, needs_gradient, reduce_tokens
+from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
 from ._backend import native_kernel
 from ._checks import REDUCTIONS, check_choice, check_logits, check_number, check_tensor, require
 
@@ -32,6 +32,7 @@ def _fake(logits, targets, mask, label_smoothing, need_gradient):
 for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_cross_entropy", _masked_cross_entropy, _device)
 torch.library.register_fake("dimo_ext::masked_cross_entropy", _fake, lib=_LIB)
+register_saved_gradient("dimo_ext::masked_cross_entropy", _LIB)
 
 
 def masked_cross_entropy(
@@ -47,7 +48,7 @@ def masked_cross_entropy(
     Per token: -(1-ε) log q_y - ε/V Σ_v log q_v; gradient softmax(logits) - (1-ε)·onehot - ε/V.
 
     Args:
-        logits: ``[..., V]`` float32, float16, bfloat16 or float64.
+        logits: ``[..., V]`` float32, float16, bfloat16 or float64; a row of -inf alone counts as masked out.
         targets: int64 ``[...]``; an id outside [0, V) counts as masked out.
         mask: bool ``[...]``, True = counted; None counts all.
         label_smoothing: ε in [0, 1).
@@ -70,10 +71,7 @@ def masked_cross_entropy(
         reduction != "batchmean" or logits.dim() >= 3,
         "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction),
     )  # fmt: skip
-    need_gradient = needs_gradient(logits)
-    value, counted, gradient = torch.ops.dimo_ext.masked_cross_entropy(
-        logits.detach(), targets, mask, label_smoothing, need_gradient
+    value, counted, _ = torch.ops.dimo_ext.masked_cross_entropy(
+        logits, targets, mask, label_smoothing, needs_gradient(logits)
     )
-    if need_gradient:
-        value = attach_gradient(logits, value, gradient)
     return reduce_tokens(value, counted, reduction)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import attach_gradient, needs_gradient, reduce_tokens
+from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
 from ._backend import native_kernel
 from ._checks import (
     FLOATS,
@@ -22,18 +22,18 @@ from .divergences import Divergence, parse_divergence
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
-    "token_divergence(Tensor teacher_logits, Tensor auxiliary_logits, str divergence, Tensor? uncond_logits, "
-    "float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, float auxiliary_temperature, "
-    "Tensor? mask, bool need_gradient) -> (Tensor, Tensor)"
+    "token_divergence(Tensor receiver, Tensor teacher_logits, Tensor auxiliary_logits, str divergence, "
+    "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, "
+    "float auxiliary_temperature, Tensor? mask, bool need_gradient) -> (Tensor, Tensor)"
 )
 
 
-def _token_divergence(teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor]:
     native_kernel("token_divergence", teacher_logits.device)  # under "native": raises while there is no kernel
     return reference.token_divergence(teacher_logits, *args)
 
 
-def _fake(teacher_logits, auxiliary_logits, *args):
+def _fake(receiver, teacher_logits, auxiliary_logits, *args):
     precise = torch.float64 in (teacher_logits.dtype, auxiliary_logits.dtype)
     value = teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=torch.float64 if precise else torch.float32)
     return value, torch.empty_like(auxiliary_logits) if args[-1] else auxiliary_logits.new_empty(0)
@@ -42,6 +42,7 @@ def _fake(teacher_logits, auxiliary_logits, *args):
 for _device in ("CPU", "CUDA"):
     _LIB.impl("token_divergence", _token_divergence, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
+register_saved_gradient("dimo_ext::token_divergence", _LIB)
 
 
 def token_divergence(
@@ -130,7 +131,9 @@ def distribution_matching_loss(
         teacher_temperature, auxiliary_temperature, mask,
     )  # fmt: skip
     if weight is not None:
-        value = value * _per_token(weight, value)
+        weight = _per_token(weight, value)
+        weight = weight if mask is None else torch.where(mask, weight, 0.0)
+        value = value.masked_fill(weight == 0, 0.0) * weight  # 0 wins over an infinite value or weight
     return reduce_tokens(value, mask, reduction)
 
 
@@ -146,12 +149,11 @@ def _checked_divergence(
     ]
     if mask is not None:
         check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
-    need_gradient = needs_gradient(receiver)
-    value, gradient = torch.ops.dimo_ext.token_divergence(
-        teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
-        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, mask, need_gradient,
-    )  # fmt: skip
-    return attach_gradient(receiver, value, gradient) if need_gradient else value
+    return torch.ops.dimo_ext.token_divergence(
+        receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
+        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, mask,
+        needs_gradient(receiver),
+    )[0]  # fmt: skip
 
 
 def _guidance(teacher: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:

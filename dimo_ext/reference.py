@@ -153,9 +153,9 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token cross-entropy, which tokens count, and ∂/∂logits (empty unless needed)."""
     vocab = logits.shape[-1]
-    counted = (targets >= 0) & (targets < vocab)
-    counted = counted if mask is None else counted & mask
     z = logits.to(_compute_dtype(logits))
+    counted = (targets >= 0) & (targets < vocab) & (z.amax(-1) != -math.inf)
+    counted = counted if mask is None else counted & mask
     log_probs = torch.log_softmax(z, -1)
     index = targets.clamp(0, vocab - 1)[..., None]
     value = -(1.0 - label_smoothing) * log_probs.gather(-1, index)[..., 0]
