@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 def require(holds: bool, name: str, expected: str, given: Any, error: type[Exception] = ValueError) -> None:
@@ -51,14 +51,32 @@ def check_choice(value: str, name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def check_reduction(reduction: str, logits: Tensor) -> None:
+    """Raise unless ``reduction`` is a valid name, and one that the dimensions of ``logits`` allow."""
+    check_choice(reduction, "reduction", _REDUCTIONS)
+    allowed = reduction != "batchmean" or logits.dim() >= 3
+    require(allowed, "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction))
+
+
 def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
     """Raise unless ``logits`` is a floating-point ``[..., V]`` tensor, V >= 1 (of the shape and device of ``like``)."""
-    require_type(logits, Tensor, name, "a tensor of logits [..., V]")
+    require_type(logits, Tensor, name, "a floating-point tensor [..., V]")
     require(logits.dtype in FLOATS, name, "dtype float32, float16, bfloat16 or float64", logits.dtype, TypeError)
     require(logits.dim() >= 1 and logits.shape[-1] >= 1, name, "shape [..., V] with V >= 1", list(logits.shape))
     if like is not None:
         require(logits.shape == like.shape, name, f"shape {list(like.shape)}", list(logits.shape))
         require(logits.device == like.device, name, f"a tensor on {like.device}", f"one on {logits.device}")
+
+
+def check_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """Return ``device`` with its index, as tensors report it."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name}: expected a torch device or its name, got {device!r}") from None
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def check_tensor(value: Tensor, name: str, shape: torch.Size, dtypes: tuple[torch.dtype, ...], device: torch.device):
@@ -81,3 +99,19 @@ def split_scalar_or_per_sample(
         check_tensor(value, name, torch.Size([batch_size]), FLOATS, device)
         return 0.0, value.to(torch.float32)
     return check_number(value, name, low=low, high=high), None
+
+
+def check_guidance(
+    logits: Tensor, uncond_logits: Tensor | None, name: str, guidance_scale: float | Tensor
+) -> tuple[float, Tensor | None]:
+    """Check classifier-free guidance's arguments; return the scale as :func:`split_scalar_or_per_sample` does.
+
+    ``name`` is that of the unconditional logits; without them the scale must be 1.
+    """
+    if uncond_logits is None:
+        unused = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
+        require(unused, "guidance_scale", f"1 without {name}", guidance_scale)
+        return 1.0, None
+    check_logits(uncond_logits, name, logits)
+    batch = logits.shape[0] if logits.dim() > 1 else 1
+    return split_scalar_or_per_sample(guidance_scale, "guidance_scale", batch, logits.device, low=-math.inf)

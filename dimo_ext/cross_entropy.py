@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
 from ._backend import native_kernel
-from ._checks import REDUCTIONS, check_choice, check_logits, check_number, check_tensor, require
+from ._checks import check_logits, check_number, check_reduction, check_tensor, require
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
@@ -19,7 +19,8 @@ _LIB.define(
 
 def _masked_cross_entropy(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     native_kernel("masked_cross_entropy", logits.device)  # under "native": raises while there is no kernel
-    return reference.masked_cross_entropy(logits, *args)
+    value, counted, gradient = reference.masked_cross_entropy(logits, *args)
+    return value.contiguous(), counted.contiguous(), gradient
 
 
 def _fake(logits, targets, mask, label_smoothing, need_gradient):
@@ -66,11 +67,7 @@ def masked_cross_entropy(
         check_tensor(mask, "mask", logits.shape[:-1], (torch.bool,), logits.device)
     label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
     require(label_smoothing < 1.0, "label_smoothing", "a number in [0, 1)", label_smoothing)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    require(
-        reduction != "batchmean" or logits.dim() >= 3,
-        "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction),
-    )  # fmt: skip
+    check_reduction(reduction, logits)
     value, counted, _ = torch.ops.dimo_ext.masked_cross_entropy(
         logits, targets, mask, label_smoothing, needs_gradient(logits)
     )

@@ -10,13 +10,12 @@ from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
 from ._backend import native_kernel
 from ._checks import (
     FLOATS,
-    REDUCTIONS,
-    check_choice,
+    check_guidance,
     check_logits,
     check_number,
+    check_reduction,
     check_tensor,
     require,
-    split_scalar_or_per_sample,
 )
 from .divergences import Divergence, parse_divergence
 
@@ -121,11 +120,7 @@ def distribution_matching_loss(
     """
     check_logits(student_logits, "student_logits")
     check_logits(teacher_logits, "teacher_logits", student_logits)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    require(
-        reduction != "batchmean" or student_logits.dim() >= 3,
-        "reduction", "another than 'batchmean' for logits of fewer than 3 dimensions", repr(reduction),
-    )  # fmt: skip
+    check_reduction(reduction, student_logits)
     value = _checked_divergence(
         student_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
         teacher_temperature, auxiliary_temperature, mask,
@@ -142,7 +137,7 @@ def _checked_divergence(
 ) -> Tensor:
     check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
-    scale, scale_per_sample = _guidance(teacher, uncond, guidance_scale)
+    scale, scale_per_sample = check_guidance(teacher, uncond, "teacher_uncond_logits", guidance_scale)
     temperatures = [
         check_number(teacher_temperature, "teacher_temperature", low=0.0, open_low=True),
         check_number(auxiliary_temperature, "auxiliary_temperature", low=0.0, open_low=True),
@@ -154,16 +149,6 @@ def _checked_divergence(
         None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, mask,
         needs_gradient(receiver),
     )[0]  # fmt: skip
-
-
-def _guidance(teacher: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:
-    batch = teacher.shape[0] if teacher.dim() > 1 else 1
-    if uncond is None:
-        unused = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
-        require(unused, "guidance_scale", "1 without unconditional logits", guidance_scale)
-        return 1.0, None
-    check_logits(uncond, "teacher_uncond_logits", teacher)
-    return split_scalar_or_per_sample(guidance_scale, "guidance_scale", batch, teacher.device, low=float("-inf"))
 
 
 def _per_token(weight: Tensor, value: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from . import reference
 from ._backend import native_kernel
-from ._checks import check_choice, check_integer, check_number, require, require_type, split_scalar_or_per_sample
+from ._checks import (
+    check_choice,
+    check_device,
+    check_integer,
+    check_number,
+    require,
+    require_type,
+    split_scalar_or_per_sample,
+)
 from .random import resolve_key
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
@@ -17,7 +25,9 @@ _LIB.define(
     "mask_tokens(Tensor tokens, Tensor key, float ratio, Tensor? ratio_per_sample, int mask_id, bool bernoulli, "
     "int min_masked) -> (Tensor, Tensor)"
 )
-_LIB.define("init_tokens(Tensor key, int batch_size, int seq_len, int vocab_size, int mask_id, float r_init) -> Tensor")
+_LIB.define(
+    "init_tokens(Tensor key, SymInt batch_size, SymInt seq_len, int vocab_size, int mask_id, float r_init) -> Tensor"
+)
 
 
 class MaskedTokens(NamedTuple):
@@ -116,7 +126,7 @@ def mask_tokens(
     ratio, per_sample = split_scalar_or_per_sample(mask_ratio, "mask_ratio", batch, device, low=0.0, high=1.0)
     check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
     bernoulli = check_choice(mode, "mode", ("exact", "bernoulli")) == "bernoulli"
-    check_integer(min_masked, "min_masked", low=0)
+    check_integer(min_masked, "min_masked", low=0, high=2**63 - 1)
     key = resolve_key(key, generator, batch_size=batch, device=device)
     masked, mask = torch.ops.dimo_ext.mask_tokens(rows, key, ratio, per_sample, mask_id, bernoulli, min_masked)
     return MaskedTokens(masked.view(tokens.shape), mask.view(tokens.shape))
@@ -158,13 +168,5 @@ def init_tokens(
     r_init = check_number(r_init, "r_init", low=0.0, high=1.0)
     if device is None:
         device = next((x.device for x in (key, generator) if x is not None), "cpu")
-    key = resolve_key(key, generator, batch_size=batch_size, device=_canonical(device))
+    key = resolve_key(key, generator, batch_size=batch_size, device=check_device(device))
     return torch.ops.dimo_ext.init_tokens(key, batch_size, seq_len, vocab_size, mask_id, r_init)
-
-
-def _canonical(device: torch.device | str) -> torch.device:
-    """The device with its index, as tensors report it."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._checks import require, require_type
+from ._checks import check_device, check_integer, require, require_type
 
 _WORD = 0xFFFFFFFF
 _ROUND_KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -44,8 +44,9 @@ def random_key(seed: int | Sequence[int], offset: int = 0, *, device: torch.devi
         device: where the key lives; it must be the device of the operator's other tensors.
 
     Raises:
-        TypeError: seed or offset is no integer. ValueError: out of range, or an empty sequence.
+        TypeError: seed or offset is no integer. ValueError: out of range, an empty sequence, or no such device.
     """
+    device = None if device is None else check_device(device)
     offset = _as_int64("offset", offset)
     if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
         require(len(seed) > 0, "seed", "at least one integer", "an empty sequence")
@@ -69,19 +70,33 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
         require_type(n, int, "n", "an int or an integer tensor")
         require(0 <= n <= _WORD, "n", "an integer in [0, 2^32)", n)
         n = torch.full((), n, dtype=torch.int64, device=key.device)
-    row = (n.to(torch.int64) & _WORD).expand(torch.broadcast_shapes(n.shape, key.shape[:-1]))
+    integral = not (n.dtype.is_floating_point or n.dtype.is_complex or n.dtype == torch.bool)
+    require(integral, "n", "an int or an integer tensor", n.dtype, TypeError)
+    require(n.device == key.device, "n", f"a tensor on {key.device}", f"one on {n.device}")
+    batch = key.shape[:-1]
+    fits = not batch or not n.dim() or n.shape[-1] == 1 or batch[0] in (1, n.shape[-1])
+    require(fits, "n", f"a shape that broadcasts with {list(batch)}", list(n.shape))
+    row = (n.to(torch.int64) & _WORD).expand(torch.broadcast_shapes(n.shape, batch))
     words = torch.stack(_philox(torch.full_like(row, int(Tag.FOLD_IN) << 24), row, key[..., 1], key[..., 0]), -1)
     return words[..., 0::2] | (words[..., 1::2] << 32)
 
 
 def random_uniform(key: Tensor, count: int) -> Tensor:
     """Draw ``count`` numbers in (0, 1), float32, from a ``[2]`` key: mask times, coin flips."""
-    return uniform(random_words(key, 1, 1, count, Tag.UNIFORM)[0], torch.float32)
+    return uniform(_one_row(key, count), torch.float32)
 
 
 def random_integers(key: Tensor, count: int, high: int) -> Tensor:
     """Draw ``count`` integers in [0, high), int64, high up to 2^24, from a ``[2]`` key: class ids, data rows."""
-    return (random_words(key, 1, 1, count, Tag.UNIFORM)[0] * high) >> 32
+    check_integer(high, "high", low=1, high=2**24)
+    return (_one_row(key, count) * high) >> 32
+
+
+def _one_row(key: Tensor, count: int) -> Tensor:
+    check_key(key)
+    require(key.dim() == 1, "key", "shape [2]", list(key.shape))
+    check_integer(count, "count", low=0)
+    return random_words(key, 1, 1, count, Tag.UNIFORM)[0]
 
 
 def check_key(key: Tensor, *, batch_size: int | None = None, device: torch.device | None = None) -> None:

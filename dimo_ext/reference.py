@@ -71,14 +71,15 @@ def sample_categorical(
     shape = logits.shape[:-1]
     batch = shape[0] if shape else 1
     z = _guided(logits, uncond_logits, guidance_scale, guidance_per_sample).reshape(-1, logits.shape[-1])
-    dead = z.amax(-1) == -math.inf
+    dead = ~torch.isfinite(z.amax(-1))
+    z = z.masked_fill(dead[:, None], 0.0)
     if temperature == 0.0:
         tokens, log_prob = z.argmax(-1), torch.zeros_like(z[:, 0])
     else:
         log_probs = torch.log_softmax(_filtered(_tempered(z, temperature), top_k, top_p, min_p), -1)
         rows, chunks = z.shape[0] // max(batch, 1), -(-z.shape[-1] // CHUNK)
         words = random_words(key, batch, rows, 4 * chunks, Tag.SAMPLE_CATEGORICAL)
-        tokens = _chunk_gumbel(log_probs, words.view(z.shape[0], -1, 4))
+        tokens = _chunk_gumbel(log_probs, words.view(z.shape[0], chunks, 4))
         log_prob = log_probs.gather(-1, tokens[:, None])[:, 0]
     tokens = tokens.masked_fill(dead, -1).view(shape)
     return tokens, log_prob.masked_fill(dead, -math.inf).to(torch.float32).view(shape)
@@ -92,7 +93,7 @@ def _chunk_gumbel(log_probs: Tensor, words: Tensor) -> Tensor:
     """
     rows, vocab = log_probs.shape
     width = min(vocab, CHUNK)
-    chunks = torch.nn.functional.pad(log_probs, (0, -vocab % width), value=-math.inf).view(rows, -1, width)
+    chunks = torch.nn.functional.pad(log_probs, (0, -vocab % width), value=-math.inf).unflatten(-1, (-1, width))
     winner = torch.zeros(rows, dtype=torch.int64, device=log_probs.device)
     if chunks.shape[1] > 1:
         gumbel = -torch.log(-torch.log1p(-uniform(words[..., 0])))
@@ -137,9 +138,10 @@ def perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Ten
     """σ·scale·ε + sqrt(1-σ²)·e with ε standard normal (Box-Muller on pairs of words)."""
     batch, width = (embeddings.shape[0] if embeddings.dim() > 1 else 1), embeddings.shape[-1]
     rows = embeddings.numel() // max(width * batch, 1)
-    u = uniform(random_words(key, batch, rows, width + width % 2, Tag.PERTURB_EMBEDDINGS)).view(batch * rows, -1, 2)
+    pairs = (width + 1) // 2
+    u = uniform(random_words(key, batch, rows, 2 * pairs, Tag.PERTURB_EMBEDDINGS)).view(batch * rows, pairs, 2)
     radius, angle = torch.sqrt(-2.0 * torch.log(u[..., 0])), 2.0 * math.pi * u[..., 1]
-    noise = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).view(batch * rows, -1)[:, :width]
+    noise = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).flatten(1)[:, :width]
     compute = _compute_dtype(embeddings)
     noise = noise.reshape(embeddings.shape).to(compute) * (sigma * scale.to(compute))
     return (noise + math.sqrt(1.0 - sigma**2) * embeddings.to(compute)).to(embeddings.dtype)
@@ -374,14 +376,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _guided(cond: Tensor, uncond: Tensor | None, scale: float, scale_per_sample: Tensor | None) -> Tensor:
     """Mix uncond + s·(cond - uncond); -inf on either side gives -inf, s = 1 ignores the unconditional side."""
     z = cond.to(_compute_dtype(cond))
-    if uncond is None:
+    if uncond is None or (scale_per_sample is None and scale == 1.0):
         return z
-    s = z.new_tensor(scale) if scale_per_sample is None else scale_per_sample.to(z.dtype)
-    s = s.view(-1, *[1] * (z.dim() - 1)) if s.dim() else s
     u = uncond.to(z.dtype)
+    s = scale if scale_per_sample is None else scale_per_sample.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
     filtered = (z == -math.inf) | (u == -math.inf)
     mixed = torch.where(filtered, -math.inf, u + s * (z - u))
-    return torch.where(s == 1.0, z, mixed)
+    return mixed if scale_per_sample is None else torch.where(s == 1.0, z, mixed)
 
 
 def _tempered(z: Tensor, temperature: float) -> Tensor:

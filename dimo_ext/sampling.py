@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._backend import native_kernel
-from ._checks import check_integer, check_logits, check_number, require, split_scalar_or_per_sample
+from ._checks import check_guidance, check_integer, check_logits, check_number
 from .random import resolve_key
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
@@ -70,26 +70,19 @@ def sample_categorical(
         key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`; the draws are a pure function of it.
 
     Returns:
-        ``CategoricalSample(tokens, log_prob)``. A row without a finite logit gives id -1 and log_prob -inf.
+        ``CategoricalSample(tokens, log_prob)``. A row without a finite logit, or with NaN or +inf, gives id -1 and
+        log_prob -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
     """
     check_logits(logits, "logits")
-    batch = logits.shape[0] if logits.dim() > 1 else 1
-    scale, per_sample = 1.0, None
-    if uncond_logits is not None:
-        check_logits(uncond_logits, "uncond_logits", logits)
-        scale, per_sample = split_scalar_or_per_sample(
-            guidance_scale, "guidance_scale", batch, logits.device, low=float("-inf")
-        )
-    else:
-        unused = not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0
-        require(unused, "guidance_scale", "1 without unconditional logits", guidance_scale)
+    scale, per_sample = check_guidance(logits, uncond_logits, "uncond_logits", guidance_scale)
     temperature = check_number(temperature, "temperature", low=0.0)
     check_integer(top_k, "top_k", low=0, high=logits.shape[-1])
     top_p = check_number(top_p, "top_p", low=0.0, high=1.0, open_low=True)
     min_p = check_number(min_p, "min_p", low=0.0, high=1.0)
+    batch = logits.shape[0] if logits.dim() > 1 else 1
     key = resolve_key(key, generator, batch_size=batch, device=logits.device)
     detached = None if uncond_logits is None else uncond_logits.detach()
     drawn = torch.ops.dimo_ext.sample_categorical(
