@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -38,10 +39,10 @@ def versions() -> dict[str, str]:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def save_model(folder: str | os.PathLike, model: Teacher, form: str, **entries: Any) -> Path:
+def save_model(folder: str | os.PathLike, model: Teacher, model_format: str, **entries: Any) -> Path:
     """Write weights and config.json, atomically as a whole folder; ``entries`` are added to the config."""
     config = {
-        "format": form, "format_version": FORMAT_VERSION, "kind": model.kind, "network": model.network_config(),
+        "format": model_format, "format_version": FORMAT_VERSION, "kind": model.kind, "network": model.network_config(),
         **entries, "versions": versions(),
     }  # fmt: skip
     with atomic_path(folder) as temporary:
@@ -71,7 +72,7 @@ def read_model_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a config written by dimo, got format {_get(config, 'format')!r}")
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {config.get('format_version')!r}")
-    if config.get("kind") not in TEACHERS:
+    if config.get("kind") not in list(TEACHERS):  # a list: the entry may be unhashable
         raise CheckpointError(f"{path}: expected a kind among {', '.join(TEACHERS)}, got {config.get('kind')!r}")
     return config
 
@@ -85,12 +86,28 @@ def load_model(folder: str | os.PathLike) -> tuple[Teacher, dict[str, Any]]:
     """
     config = read_model_config(folder)
     path = Path(folder) / WEIGHTS
+    state = _read_safetensors(path)
     try:
-        model = TEACHERS[config["kind"]].build(config["network"])
+        with torch.device("meta"):  # no memory for wrong sizes, no draw from the global generator
+            model = TEACHERS[config["kind"]].build(config["network"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{Path(folder) / CONFIG}: unusable network sizes: {error}") from None
-    _load_state(model, _read_safetensors(path), path)
+    _load_state(model, state, path, assign=True)
     return model.eval().requires_grad_(False), config
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 of a model's names and weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_folder(name: str | os.PathLike) -> Path:
+    """Return the folder of shipped weights if ``name`` is a teacher's kind, else ``name`` as a path."""
+    return SHIPPED / name if str(name) in TEACHERS else Path(name)
 
 
 def load_teacher(kind: str, path: str | os.PathLike | None = None) -> Teacher:
@@ -123,8 +140,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from None
 
 
-def _load_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Copy ``state`` into ``module``; every missing, unexpected and misshapen name is reported."""
+def _load_state(module: nn.Module, state: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
+    """Copy ``state`` into ``module`` (``assign``: replace its parameters); every name that does not fit is listed."""
     own = module.state_dict()
     problems = [f"missing {n}" for n in own if n not in state] + [f"unexpected {n}" for n in state if n not in own]
     problems += [
@@ -133,7 +150,8 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> No
     ]  # fmt: skip
     if problems:
         raise CheckpointError(f"{source}: does not fit the network: " + "; ".join(problems))
-    module.load_state_dict(state)
+    # Tensors out of a file may be unaligned, which changes the last bits of results: own copies are aligned.
+    module.load_state_dict({n: t.clone() for n, t in state.items()} if assign else state, assign=assign)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -177,8 +195,7 @@ def load_checkpoint(
         states = _below(tensors, name)
         for index, parameter in enumerate(_parameters(optimizer)):
             if state := _below(states, str(index)):
-                on_device = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
-                optimizer.state[parameter] = on_device
+                optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

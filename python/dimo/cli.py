@@ -12,31 +12,34 @@ from typing import Any
 import torch
 import tyro
 import yaml
-
-import dimo_ext
+from torch import Tensor
 
 from . import doctor
-from .checkpoint import SHIPPED, CheckpointError, load_model, load_teacher, read_model_config, save_model
+from .checkpoint import CheckpointError, load_model, load_teacher, model_folder, save_model, versions
+from .comparison import compare, preview_digits, teacher_grid
 from .config import ConfigError, DistillConfig, PretrainConfig, SampleConfig, load_config, to_dict
-from .files import prepare_output, write_text
+from .data.digits import load_digits_split
+from .evaluation import DigitsEvaluator
+from .files import import_extra, prepare_output, write_text
 from .generator import FORMAT as STUDENT_FORMAT
 from .generator import OneStepGenerator, labels_per_class, sample_keys
 from .pretrain import held_out_loss
+from .report import image_grid
 from .samplers import sample_ancestral, sample_confident
-from .teachers import TEACHERS, DigitsTeacher, MaskGITTeacher, Teacher
+from .teachers import DigitsTeacher, Teacher
 from .trainer import DistillationTrainer, Interrupted, PretrainingTrainer, TrainingError, resolve_device, run_training
 
 TEACHER_FORMAT = "dimo.teacher"
+_SAMPLE_BATCH = 512
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Train a masked diffusion teacher by masked-token prediction."""
-    from .data.digits import load_digits_split
-
+    import_extra("sklearn.datasets", "the digits")
     device = resolve_device(config.run.device)
-    output = prepare_output(config.run.output)
+    output = prepare_output(config.run.output, folders=("teacher",))
     data = {name: load_digits_split(name) for name in ("train", "validation", "test")}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = DigitsTeacher.build(to_dict(config.network)).to(device)
     trainer = PretrainingTrainer(model, data["train"], config)
@@ -45,7 +48,10 @@ def pretrain(config: PretrainConfig) -> None:
         split = data[name]
         return held_out_loss(averaged, split.tokens.to(device), split.labels.to(device), config.mask_schedule)
 
-    run_training(trainer, config, lambda _, averaged: ({"validation_loss": loss_on("validation", averaged)}, None))
+    def preview(_: int, averaged: Teacher) -> tuple[dict[str, float], Tensor]:
+        return {"validation_loss": loss_on("validation", averaged)}, teacher_grid(averaged)
+
+    run_training(trainer, config, preview)
     metrics = {f"{name}_cross_entropy": round(loss_on(name, trainer.result), 4) for name in data}
     save_model(output / "teacher", trainer.result, TEACHER_FORMAT, recipe=to_dict(config), metrics=metrics)
     print(f"masked cross-entropy (nats a token): {metrics}\nteacher: {output / 'teacher'}")
@@ -54,54 +60,54 @@ def pretrain(config: PretrainConfig) -> None:
 def distill(config: DistillConfig) -> None:
     """Distil a teacher into a one-step generator."""
     device = resolve_device(config.run.device)
-    output = prepare_output(config.run.output)
     teacher = load_teacher(config.teacher.kind, config.teacher.path).to(device)
-    preview = None
-    if config.teacher.kind == "digits":
-        from .comparison import compare, preview_digits
-
-        preview = preview_digits(config) if config.run.preview_every else None
+    digits = isinstance(teacher, DigitsTeacher)  # the data set that metrics exist for
+    if digits:
+        for module in ("sklearn.svm", "matplotlib.figure"):
+            import_extra(module, "the digits' report")
+    output = prepare_output(config.run.output, folders=("student",))
+    evaluator = DigitsEvaluator() if digits else None
     trainer = DistillationTrainer(teacher, config)
-    run_training(trainer, config, preview)
+    run_training(trainer, config, preview_digits(config, evaluator) if evaluator else None)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     student = OneStepGenerator(trainer.result, config.method, recipe=to_dict(config))
     student.save_pretrained(output / "student")
-    if config.teacher.kind == "digits":
+    if evaluator:
         print("sampling teacher and student ...")
-        print(f"\n{compare(teacher, student, config)}\n")
+        print(f"\n{compare(teacher, student, config, evaluator)}\n")
     for path in sorted(p for p in output.iterdir() if not p.name.startswith(".")):
         print(path)
 
 
 def sample(config: SampleConfig) -> None:
     """Draw samples from a teacher or a one-step student."""
-    from .report import image_grid
-
-    device = resolve_device(config.device)
-    target = Path(config.output)
-    if target.suffix != ".png":
-        raise ConfigError(f"output: expected a path that ends in .png, got {config.output!r}")
-    prepare_output(target.parent)
-    folder = SHIPPED / config.model if config.model in TEACHERS else Path(config.model)
-    form = read_model_config(folder)["format"]
-    model = load_model(folder)[0].to(device)
-    if not isinstance(model, MaskGITTeacher):
-        raise ConfigError(f"model: expected a class-conditional model, got kind {model.kind!r}")
+    import_extra("matplotlib.figure", "a picture")
+    device, target = resolve_device(config.device), Path(config.output)
+    model, entries = load_model(model_folder(config.model))
+    if not isinstance(model, DigitsTeacher):
+        raise ConfigError(f"model: expected one whose tokens can be shown as pictures, got kind {model.kind!r}")
+    prepare_output(target.parent, files=(target.name,))
     labels = labels_per_class(model.num_classes, config.per_class).to(device)
     keys = sample_keys(config.seed, len(labels), device=device)
-    if form == STUDENT_FORMAT:
-        generator = OneStepGenerator.from_pretrained(folder, device=device)
-        tokens = generator.tokens(labels, key=keys, temperature=config.temperature)
-    else:
-        sampler = sample_ancestral if config.sampler == "ancestral" else sample_confident
-        temperature = 1.0 if config.temperature is None else config.temperature
-        tokens = sampler(
-            model, labels, steps=config.steps, mask_schedule=config.mask_schedule,
-            guidance_scale=config.guidance_scale, temperature=temperature, key=keys,
-        )  # fmt: skip
-    images = model.decode(tokens.cpu())[:, 0].unflatten(0, (model.num_classes, config.per_class))
+    draw = _sampler(model.to(device), entries, config)
+    parts = zip(labels.split(_SAMPLE_BATCH), keys.split(_SAMPLE_BATCH), strict=True)
+    images = model.decode(torch.cat([draw(label, key).cpu() for label, key in parts]))
+    images = images[:, 0].unflatten(0, (model.num_classes, config.per_class))
     image_grid(images, target, [str(c) for c in range(model.num_classes)])
     print(target)
+
+
+def _sampler(model: Teacher, entries: dict[str, Any], config: SampleConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function from labels and keys to tokens that the model's kind and the configuration ask for."""
+    if entries["format"] == STUDENT_FORMAT:
+        student = OneStepGenerator.from_entries(model, entries, config.model)
+        return lambda labels, keys: student.tokens(labels, key=keys, temperature=config.temperature)
+    sampler = sample_ancestral if config.sampler == "ancestral" else sample_confident
+    temperature = 1.0 if config.temperature is None else config.temperature
+    return lambda labels, keys: sampler(
+        model, labels, steps=config.steps, mask_schedule=config.mask_schedule, guidance_scale=config.guidance_scale,
+        temperature=temperature, key=keys,
+    )  # fmt: skip
 
 
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
@@ -131,21 +137,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE.format(doctor=doctor.SUMMARY, **{name: call.__doc__ for name, (call, _) in _COMMANDS.items()}))
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"dimo {dimo_ext.build_info()['version']}")
+        print(f"dimo {versions()['dimo-ext']}")
         return 0
     try:
         return _dispatch(arguments[0], arguments[1:])
     except (ConfigError, CheckpointError, ImportError) as error:
         print(f"dimo: error: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:  # OSError: a disk that is full, say
         print(f"dimo: error: {error}", file=sys.stderr)
         return 1
     except Interrupted as event:
         print(f"{event}; the same command goes on from there", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
 
 
@@ -164,13 +170,15 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 def _parse(command: str, cls: type, arguments: list[str]) -> Any:
     """Read ``--config`` first, then let flags override its values."""
     first = argparse.ArgumentParser(prog=f"dimo {command}", add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", action="append", default=[])
     known, rest = first.parse_known_args(arguments)
+    if len(known.config) > 1:
+        raise ConfigError(f"--config: expected one file, got {', '.join(known.config)}")
     description = f"{_COMMANDS[command][0].__doc__} --config FILE.yaml fills the keys below, flags override it."
     prog = f"dimo {command}"
-    if known.config is None:
+    if not known.config:
         return tyro.cli(cls, args=rest, prog=prog, description=description)
-    return tyro.cli(cls, args=rest, default=load_config(cls, known.config), prog=prog, description=description)
+    return tyro.cli(cls, args=rest, default=load_config(cls, known.config[0]), prog=prog, description=description)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import dimo_ext
 
 from . import report
 from .config import DistillConfig, to_dict
-from .data.digits import NUM_CLASSES, load_digits_split
+from .data.digits import NUM_CLASSES, decode, load_digits_split
 from .evaluation import DigitsEvaluator
 from .files import write_json, write_text
 from .generator import OneStepGenerator, labels_per_class
@@ -36,14 +36,14 @@ class Row(NamedTuple):
     tokens: Tensor
 
 
-def compare(teacher: Teacher, student: OneStepGenerator, config: DistillConfig) -> str:
+def compare(teacher: Teacher, student: OneStepGenerator, config: DistillConfig, evaluator: DigitsEvaluator) -> str:
     """Measure teacher and student, write pictures and tables into the run's folder, return the plain-text table.
 
     Every row draws as many samples of each class as the training split has. A guided teacher step evaluates the
     network twice a sample, and counts so.
     """
-    evaluator = DigitsEvaluator()
     labels = evaluator.sample_labels().to(teacher.device)
+    sample_ancestral(teacher, labels[:_BATCH], steps=1, key=dimo_ext.random_key(0, device=labels.device))  # warm up
     rows = {"real images (floor)": evaluator.floor(config.report.reference)}
     shown = {"real digits": _first_of_each_class(load_digits_split(config.report.reference))}
     for name, draw, evaluations in _samplers(teacher, student, config):
@@ -117,21 +117,28 @@ def _panel(name: str, rows: dict[str, dict[str, float]]) -> str:
     return f"{name}\n{count} network evaluation{'s' if count > 1 else ''}"
 
 
-def preview_digits(config: DistillConfig) -> Callable[[int, Teacher], tuple[dict[str, float], Tensor | None]]:
+def preview_digits(
+    config: DistillConfig, evaluator: DigitsEvaluator
+) -> Callable[[int, Teacher], tuple[dict[str, float], Tensor]]:
     """Return the preview of a distillation: cheap metrics on the validation split and a grid of samples."""
-    evaluator = DigitsEvaluator()
     labels = labels_per_class(NUM_CLASSES, 50)
 
     def preview(step: int, model: Teacher) -> tuple[dict[str, float], Tensor]:
         key = dimo_ext.random_key(_SAMPLING_SEED, device=model.device)
         tokens = sample_one_step(model, labels.to(model.device), config.method, key=key).cpu()
-        return evaluator(tokens, labels, "validation", full=False), token_grid(tokens, labels)
+        return evaluator(tokens, labels, "validation", full=False), _grid(tokens, labels)
 
     return preview
 
 
-def token_grid(tokens: Tensor, labels: Tensor) -> Tensor:
-    """Digits as one image ``[1, H, W]`` in [0, 1], one row a class."""
-    images = _by_class(tokens, labels).view(NUM_CLASSES, _SHOWN, 8, 8).float() / 16.0
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    return padded.permute(0, 2, 1, 3).reshape(1, NUM_CLASSES * 10, _SHOWN * 10)
+def teacher_grid(model: Teacher, steps: int = 16) -> Tensor:
+    """Samples of a teacher as one image ``[1, H, W]`` in [0, 1], one row a class."""
+    labels = labels_per_class(NUM_CLASSES, _SHOWN)
+    key = dimo_ext.random_key(_SAMPLING_SEED, device=model.device)
+    return _grid(sample_ancestral(model, labels.to(model.device), steps=steps, key=key).cpu(), labels)
+
+
+def _grid(tokens: Tensor, labels: Tensor) -> Tensor:
+    images = torch.nn.functional.pad(decode(_by_class(tokens, labels).flatten(0, 1))[:, 0], (1, 1, 1, 1))
+    rows = images.unflatten(0, (NUM_CLASSES, _SHOWN))
+    return rows.transpose(1, 2).flatten(2).flatten(0, 1)[None]

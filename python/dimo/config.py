@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ class ConfigError(ValueError):
 def _check(holds: bool, key: str, expected: str, given: Any) -> None:
     if not holds:
         raise ConfigError(f"{key}: expected {expected}, got {given!r}")
+
+
+def _check_seed(seed: int) -> None:
+    _check(0 <= seed < 2**32, "seed", "an integer in [0, 2^32)", seed)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class OptimizerConfig:
     """Clip the gradient's global norm to this value; None = off."""
 
     def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "learning_rate", "a number > 0", self.learning_rate)
+        _check(0 < self.learning_rate < math.inf, "learning_rate", "a finite number > 0", self.learning_rate)
         _check(all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)", self.betas)
         _check(self.eps > 0, "eps", "a number > 0", self.eps)
         _check(self.weight_decay >= 0, "weight_decay", "a number >= 0", self.weight_decay)
@@ -111,6 +116,7 @@ class RunConfig:
         for name in ("steps", "batch_size", "log_every", "save_every"):
             _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
         _check(self.preview_every >= 0, "preview_every", "an integer >= 0", self.preview_every)
+        _check_seed(self.seed)
         _check(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)", self.ema_decay)
 
 
@@ -152,8 +158,8 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """Di[M]O's own settings (arXiv 2503.15457); defaults are those of the digits."""
+class SamplingConfig:
+    """How a one-step student samples: all that it needs besides its weights."""
 
     r_init: float = 0.8
     """Share of [MASK] in the student's input, the rest are uniform random tokens; in [0, 1]."""
@@ -161,6 +167,20 @@ class MethodConfig:
     """Sigma of the noise on the student's token embeddings, in [0, 1]."""
     embedding_noise_scale: Literal["unit", "rms"] = "rms"
     """Standard deviation of that noise: 1 (official code) or the RMS of the embedding table."""
+    student_temperature: float = 1.0
+    """Divides the student's logits when its tokens are drawn; > 0 in training, 0 takes the most probable token."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.r_init <= 1, "r_init", "a number in [0, 1]", self.r_init)
+        _check(0 <= self.embedding_noise <= 1, "embedding_noise", "a number in [0, 1]", self.embedding_noise)
+        usable = 0 <= self.student_temperature < math.inf
+        _check(usable, "student_temperature", "a finite number >= 0", self.student_temperature)
+
+
+@dataclass(frozen=True)
+class MethodConfig(SamplingConfig):
+    """Di[M]O's own settings (arXiv 2503.15457); defaults are those of the digits."""
+
     mask_schedule: str = "arccos"
     """Distribution of the mask ratio at which teacher and auxiliary are compared."""
     divergence: str = "forward_kl"
@@ -169,8 +189,6 @@ class MethodConfig:
     """Classifier-free guidance of the teacher, uncond + s·(cond - uncond); 1 = off."""
     teacher_temperature: float = 1.0
     """Divides the teacher's logits in the divergence."""
-    student_temperature: float = 1.0
-    """Divides the student's logits when its tokens are drawn."""
     num_auxiliary_steps: int = 2
     """Auxiliary updates a student update."""
     fresh_auxiliary_batch: bool = True
@@ -181,16 +199,15 @@ class MethodConfig:
     """"recipe" keeps the student's parameters fixed that the teacher's published recipe names (embeddings)."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.r_init <= 1, "r_init", "a number in [0, 1]", self.r_init)
-        _check(0 <= self.embedding_noise <= 1, "embedding_noise", "a number in [0, 1]", self.embedding_noise)
+        super().__post_init__()
         _check_schedule(self.mask_schedule)
         try:
             dimo_ext.parse_divergence(self.divergence)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        _check(self.guidance_scale >= 0, "guidance_scale", "a number >= 0", self.guidance_scale)
-        _check(self.teacher_temperature > 0, "teacher_temperature", "a number > 0", self.teacher_temperature)
-        _check(self.student_temperature > 0, "student_temperature", "a number > 0", self.student_temperature)
+        _check(0 <= self.guidance_scale < math.inf, "guidance_scale", "a finite number >= 0", self.guidance_scale)
+        for name in ("teacher_temperature", "student_temperature"):
+            _check(0 < getattr(self, name) < math.inf, name, "a finite number > 0", getattr(self, name))
         _check(self.num_auxiliary_steps >= 1, "num_auxiliary_steps", "an integer >= 1", self.num_auxiliary_steps)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)", self.label_smoothing)
 
@@ -247,11 +264,16 @@ class SampleConfig:
     """"auto", "cpu", "cuda" or "cuda:N"."""
 
     def __post_init__(self) -> None:
+        _check(self.output.endswith(".png"), "output", "a path that ends in .png", self.output)
         _check(self.steps >= 1, "steps", "an integer >= 1", self.steps)
         _check_schedule(self.mask_schedule, sampling=True)
-        _check(self.guidance_scale >= 0, "guidance_scale", "a number >= 0", self.guidance_scale)
-        _check(self.temperature is None or self.temperature >= 0, "temperature", "a number >= 0", self.temperature)
+        _check(0 <= self.guidance_scale < math.inf, "guidance_scale", "a finite number >= 0", self.guidance_scale)
+        usable = self.temperature is None or 0 <= self.temperature < math.inf
+        _check(usable, "temperature", "None or a finite number >= 0", self.temperature)
+        greedy = self.sampler == "confident" and self.temperature == 0
+        _check(not greedy, "temperature", "a number > 0 for the confident sampler", self.temperature)
         _check(self.per_class >= 1, "per_class", "an integer >= 1", self.per_class)
+        _check_seed(self.seed)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -270,25 +292,40 @@ def load_config(cls: type[ConfigT], path: str | Path) -> ConfigT:
         ConfigError: no such file, no YAML, an unknown key (the nearest valid one is named), a wrong type or value.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return from_dict(cls, {} if data is None else data)
     except ConfigError as error:
         raise ConfigError(f"config {path}: {error}") from None
 
 
-def from_dict(cls: type[ConfigT], data: Any, prefix: str = "") -> ConfigT:
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.YAMLError(
+                    f"key {key!r} stands twice, the second time in line {key_node.start_mark.line + 1}"
+                )
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep)
+
+
+def from_dict(cls: type[ConfigT], data: Any, prefix: str = "", root: type | None = None) -> ConfigT:
     """Build the dataclass ``cls`` from nested dictionaries; see :func:`load_config` for the errors."""
     _check(isinstance(data, dict), prefix.rstrip(".") or "the file", "a mapping of keys to values", data)
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), list(fields))}")
-    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in data.items()}
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), prefix, list(fields), root or cls)}")
+    values = {key: _convert(hints[key], value, f"{prefix}{key}", root or cls) for key, value in data.items()}
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key {prefix}{name}")
@@ -298,40 +335,56 @@ def from_dict(cls: type[ConfigT], data: Any, prefix: str = "") -> ConfigT:
         raise ConfigError(f"{prefix}{error}") from None
 
 
-def _nearest(key: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f": did you mean {close[0]}?" if close else f"; valid keys: {', '.join(valid)}"
+def _nearest(key: str, prefix: str, valid: list[str], root: type) -> str:
+    """Name the closest key of the same section, else of another one, else list the section's keys."""
+    if close := difflib.get_close_matches(key, valid, n=1, cutoff=0.6):
+        return f": did you mean {prefix}{close[0]}?"
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(_paths(root))}
+    if close := difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8):
+        return f": did you mean {elsewhere[close[0]]}?"
+    return f"; valid keys: {', '.join(valid)}"
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def _paths(cls: type, prefix: str = "") -> list[str]:
+    """All keys of a configuration, dotted."""
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            paths += _paths(hint, f"{prefix}{name}.")
+    return paths
+
+
+def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
     """Convert a YAML value to a field's type, strictly: no strings for numbers, no booleans for integers."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{key}.")
+        return from_dict(hint, value, f"{key}.", root)
     if origin is Literal:
         _check(value in args, key, f"one of {', '.join(map(str, args))}", value)
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, key)
+        return _convert(next(a for a in args if a is not type(None)), value, key, root)
     if origin is tuple:
-        return _convert_tuple(args, value, key)
+        return _convert_tuple(args, value, key, root)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             value = float(value)
         except ValueError:
             _check(False, key, "a number", value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        _check(abs(value) < 2**1023, key, "a number that a float can hold", f"{str(value)[:12]}...")
         value = float(value)
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     _check(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), key, names[hint], value)
     return value
 
 
-def _convert_tuple(args: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+def _convert_tuple(args: tuple[Any, ...], value: Any, key: str, root: type) -> tuple[Any, ...]:
     _check(isinstance(value, list), key, "a list", value)
     if len(args) == 2 and args[1] is Ellipsis:
         args = (args[0],) * len(value)
     _check(len(value) == len(args), key, f"a list of {len(args)} values", value)
-    return tuple(_convert(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    return tuple(_convert(a, v, f"{key}[{i}]", root) for i, (a, v) in enumerate(zip(args, value, strict=True)))

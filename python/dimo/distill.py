@@ -10,7 +10,7 @@ from torch import Tensor
 import dimo_ext
 from dimo_ext.random import random_uniform
 
-from .config import MethodConfig
+from .config import MethodConfig, SamplingConfig
 from .guidance import guided_logits
 from .pretrain import masked_token_loss
 from .schedules import mask_ratio
@@ -32,18 +32,18 @@ class StudentLoss(NamedTuple):
     token_entropy: Tensor
 
 
-def draw_from_student(student: Teacher, condition: Condition, method: MethodConfig, key: Tensor) -> StudentDraw:
+def draw_from_student(student: Teacher, condition: Condition, sampling: SamplingConfig, key: Tensor) -> StudentDraw:
     """x_init → student logits → x_student ~ softmax(logits / τ), each position on its own."""
     x_init = dimo_ext.init_tokens(
         condition_size(condition), student.seq_len, vocab_size=student.vocab_size, mask_id=student.mask_id,
-        r_init=method.r_init, key=dimo_ext.fold_in(key, 0),
+        r_init=sampling.r_init, key=dimo_ext.fold_in(key, 0),
     )  # fmt: skip
     logits = student.logits(
-        x_init, condition, mask_ratio=torch.full((x_init.shape[0],), method.r_init, device=x_init.device),
-        embedding_noise=method.embedding_noise, embedding_noise_scale=method.embedding_noise_scale,
+        x_init, condition, mask_ratio=torch.full((x_init.shape[0],), sampling.r_init, device=x_init.device),
+        embedding_noise=sampling.embedding_noise, embedding_noise_scale=sampling.embedding_noise_scale,
         key=dimo_ext.fold_in(key, 1),
     )  # fmt: skip
-    drawn = dimo_ext.sample_categorical(logits, temperature=method.student_temperature, key=dimo_ext.fold_in(key, 2))
+    drawn = dimo_ext.sample_categorical(logits, temperature=sampling.student_temperature, key=dimo_ext.fold_in(key, 2))
     return StudentDraw(logits, drawn.tokens)
 
 
@@ -58,7 +58,8 @@ def student_loss(
     draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
     with torch.no_grad():
         ratio = mask_ratio(method.mask_schedule, random_uniform(dimo_ext.fold_in(key, 1), draw.tokens.shape[0]))
-        masked = dimo_ext.mask_tokens(draw.tokens, ratio, student.mask_id, key=dimo_ext.fold_in(key, 2))
+        tokens = _valid_ids(draw.tokens)
+        masked = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=dimo_ext.fold_in(key, 2))
         target = guided_logits(teacher, masked.tokens, condition, method.guidance_scale, mask_ratio=ratio)
         estimate = auxiliary.logits(masked.tokens, condition, mask_ratio=ratio)
         log_probs = torch.log_softmax(draw.logits.float() / method.student_temperature, -1)
@@ -74,4 +75,10 @@ def auxiliary_loss(
     auxiliary: Teacher, tokens_BL: Tensor, condition: Condition, method: MethodConfig, key: Tensor
 ) -> Tensor:
     """Cross-entropy of the auxiliary against the student's tokens at freshly masked positions (scalar, mean)."""
+    tokens_BL = _valid_ids(tokens_BL)
     return masked_token_loss(auxiliary, tokens_BL, condition, method.mask_schedule, key, method.label_smoothing)
+
+
+def _valid_ids(tokens_BL: Tensor) -> Tensor:
+    """Replace the -1 that a row without a finite logit draws: the entropy is NaN then, and the trainer reports that."""
+    return tokens_BL.clamp(min=0)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .config import ConfigError
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}(?P<suffix>\.\w+)?")  # of atomic_path, when a process was killed
 
 
 @contextmanager
@@ -23,24 +26,51 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     On an error ``path`` stays as it was. The parent folder is created; the temporary name keeps the suffix, from which
     writers derive the format.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:12]
-    temporary = path.with_name(f".{path.stem}.{unique}{path.suffix}")
+    temporary = _beside(path, path.suffix)
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():  # a folder cannot be replaced in one rename
-            previous = path.with_name(f".{path.stem}.{unique}.old")
-            path.rename(previous)
-            temporary.rename(path)
-            shutil.rmtree(previous)
+        if temporary.is_dir() and path.is_dir():
+            _replace_folder(temporary, path)
         else:
             temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
+        _remove(temporary)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{suffix}")
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Swap a folder in two renames, for one cannot do it; the old one comes back if the second fails."""
+    previous = _beside(path, ".old")
+    path.rename(previous)
+    try:
+        new.rename(path)
+    except BaseException:
+        previous.rename(path)
+        raise
+    shutil.rmtree(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clean up after a process that was killed while writing: drop temporaries, bring back a folder that was moved."""
+    for path in folder.iterdir():
+        if not (match := _LEFTOVER.fullmatch(path.name)):
+            continue
+        if match["suffix"] == ".old" and not (folder / match["name"]).exists():
+            path.rename(folder / match["name"])
         else:
-            temporary.unlink(missing_ok=True)
+            _remove(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -54,16 +84,27 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def prepare_output(folder: str | os.PathLike) -> Path:
-    """Create a folder and prove that it can be written; raises ConfigError otherwise."""
+def prepare_output(folder: str | os.PathLike, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> Path:
+    """Create a folder, prove that it can be written, and that nothing of another kind stands where results will go.
+
+    Raises:
+        ConfigError: otherwise.
+    """
     folder = Path(folder)
-    probe = folder / f".write-test.{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"output: expected a folder that can be written, got {folder}: {error.strerror}") from None
+        with atomic_path(folder / "write-test") as probe:
+            probe.touch()
+        (folder / "write-test").unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"output: expected a folder that can be written, got {folder}: {reason}") from None
+    for name in files:
+        if (folder / name).is_dir():
+            raise ConfigError(f"output: expected {folder / name} to be a file or absent, found a folder")
+    for name in folders:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ConfigError(f"output: expected {folder / name} to be a folder or absent, found a file")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor
 import dimo_ext
 
 from .checkpoint import CheckpointError, load_model, save_model
-from .config import ConfigError, MethodConfig, from_dict
+from .config import ConfigError, SamplingConfig, from_dict
 from .samplers import sample_one_step
 from .teachers import Teacher
 from .teachers.base import Condition
 
 FORMAT = "dimo.one_step_generator"
-_SAMPLING = ("r_init", "embedding_noise", "embedding_noise_scale", "student_temperature")
+_SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 
 
 class OneStepGenerator:
@@ -28,9 +29,10 @@ class OneStepGenerator:
     ``recipe`` and the versions it ran with.
     """
 
-    def __init__(self, model: Teacher, method: MethodConfig, recipe: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Teacher, sampling: SamplingConfig, recipe: dict[str, Any] | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.method, self.recipe = method, recipe or {}
+        self.sampling = SamplingConfig(**{name: getattr(sampling, name) for name in _SAMPLING})
+        self.recipe = recipe or {}
 
     def __call__(self, condition: Condition, *, key: Tensor, temperature: float | None = None) -> Any:
         """Return decoded samples (images float ``[B, C, H, W]`` in [0, 1], or texts); see :meth:`tokens`."""
@@ -42,12 +44,13 @@ class OneStepGenerator:
         Args:
             condition: a pytree with leading batch dimension B; class ids int64 ``[B]`` for MaskGIT kinds.
             key: from :func:`dimo_ext.random_key`, ``[2]`` or ``[B, 2]``.
-            temperature: divides the logits, > 0; None = the one the student was saved with.
+            temperature: divides the logits, >= 0, 0 takes the most probable token; None = the one the student was saved
+                with.
         """
-        method = self.method
+        sampling = self.sampling
         if temperature is not None:
-            method = from_dict(MethodConfig, {**_sampling(method), "student_temperature": temperature})
-        return sample_one_step(self.model, condition, method, key=key)
+            sampling = dataclasses.replace(sampling, student_temperature=temperature)
+        return sample_one_step(self.model, condition, sampling, key=key)
 
     def to(self, device: torch.device | str) -> OneStepGenerator:
         """Move the network to ``device`` and return self."""
@@ -56,7 +59,7 @@ class OneStepGenerator:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the generator as a folder, atomically; an older one there is replaced."""
-        save_model(folder, self.model, FORMAT, sampling=_sampling(self.method), recipe=self.recipe)
+        save_model(folder, self.model, FORMAT, sampling=dataclasses.asdict(self.sampling), recipe=self.recipe)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu") -> OneStepGenerator:
@@ -65,18 +68,21 @@ class OneStepGenerator:
         Raises:
             CheckpointError: missing, truncated or of another format; the message names the file.
         """
-        model, config = load_model(folder)
-        if config["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: expected a {FORMAT}, got a {config['format']}")
+        return cls.from_entries(*load_model(folder), folder).to(device)
+
+    @classmethod
+    def from_entries(cls, model: Teacher, entries: dict[str, Any], source: str | os.PathLike) -> OneStepGenerator:
+        """Make a generator of a loaded model and its config.json, which was read from ``source``."""
+        if entries["format"] != FORMAT:
+            raise CheckpointError(f"{source}: expected a {FORMAT}, got a {entries['format']}")
+        stored = entries.get("sampling")
+        if not isinstance(stored, dict) or set(stored) != set(_SAMPLING):
+            raise CheckpointError(f"{source}: expected sampling settings {', '.join(_SAMPLING)}, got {stored!r}")
         try:
-            method = from_dict(MethodConfig, config.get("sampling", {}))
+            sampling = from_dict(SamplingConfig, stored)
         except ConfigError as error:
-            raise CheckpointError(f"{folder}: unusable sampling settings: {error}") from None
-        return cls(model, method, config.get("recipe")).to(device)
-
-
-def _sampling(method: MethodConfig) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in _SAMPLING}
+            raise CheckpointError(f"{source}: unusable sampling settings: {error}") from None
+        return cls(model, sampling, entries.get("recipe"))
 
 
 def labels_per_class(num_classes: int, per_class: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 import dimo_ext
 from dimo_ext.random import Tag, random_words, uniform
 
-from .config import MethodConfig
+from .config import SamplingConfig
 from .distill import draw_from_student
 from .guidance import guided_logits
 from .schedules import sampling_ratios
@@ -20,16 +20,16 @@ from .teachers.base import Condition, Teacher, condition_size
 
 
 @torch.no_grad()
-def sample_one_step(student: Teacher, condition: Condition, method: MethodConfig, *, key: Tensor) -> Tensor:
+def sample_one_step(student: Teacher, condition: Condition, sampling: SamplingConfig, *, key: Tensor) -> Tensor:
     """One network evaluation: x_init → logits → independent draws (Di[M]O, arXiv 2503.15457, Figure 2).
 
     Args:
         student: the distilled model.
         condition: a pytree with leading batch dimension B.
-        method: its r_init, embedding noise and student temperature are used.
+        sampling: r_init, embedding noise and temperature, those that it was trained with (a MethodConfig is one).
         key: see the module's docstring.
     """
-    return draw_from_student(student, condition, method, key).tokens
+    return draw_from_student(student, condition, sampling, key).tokens
 
 
 @torch.no_grad()
@@ -86,10 +86,13 @@ def sample_confident(
     to 1. After step i, round(r·L) tokens stay masked, always at least one fewer than before.
 
     Args:
-        model, condition, steps, mask_schedule, guidance_scale, temperature, key: as in :func:`sample_ancestral`;
-            steps beyond L evaluate nothing.
+        model, condition, steps, mask_schedule, guidance_scale, temperature, key: as in :func:`sample_ancestral`, but it
+            ends as soon as nothing is masked, after L evaluations at most, and needs a temperature > 0: greedy draws
+            are all equally confident.
         choice_temperature: scale of the annealed noise, >= 0.
     """
+    if temperature == 0.0:
+        raise ValueError("temperature: expected a number > 0, got 0: greedy draws are all equally confident")
     tokens, batch = _all_masked(model, condition), condition_size(condition)
     ratios, remaining = sampling_ratios(mask_schedule, steps), model.seq_len
     for step in range(steps):

@@ -20,15 +20,15 @@ from tqdm import tqdm
 import dimo_ext
 from dimo_ext.random import random_integers
 
-from .checkpoint import load_checkpoint, read_checkpoint_header, save_checkpoint
+from .checkpoint import fingerprint, load_checkpoint, read_checkpoint_header, save_checkpoint
 from .config import ConfigError, DistillConfig, OptimizerConfig, PretrainConfig, RunConfig, to_dict
 from .data.digits import DigitsSplit
 from .distill import auxiliary_loss, draw_from_student, student_loss
-from .files import import_extra, prepare_output, write_text
+from .files import import_extra, prepare_output, remove_leftovers, write_text
 from .pretrain import pretrain_loss
 from .teachers import Teacher
 
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+CHECKPOINT, LOG, BOARD = "checkpoint.safetensors", "log.jsonl", "tensorboard"
 
 # Keys that may differ between a checkpoint's configuration and the one that goes on from it.
 _FREE_KEYS = ("run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard")
@@ -54,16 +54,16 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    wrong = ConfigError(f"device: expected auto, cpu or an available cuda device, got {name!r}")
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
-    if device.type == "cuda" and torch.cuda.is_available():
-        if (device.index or 0) < torch.cuda.device_count():
-            return torch.device("cuda", device.index or 0)
-    elif device.type == "cpu":
+        raise wrong from None
+    if device.type == "cpu":
         return torch.device("cpu")
-    raise ConfigError(f"device: expected auto, cpu or an available cuda device, got {name!r}")
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise wrong
+    return torch.device("cuda", device.index or 0)
 
 
 class Updater:
@@ -116,6 +116,8 @@ class Trainer(ABC):
     run: RunConfig
     modules: dict[str, nn.Module]
     updaters: dict[str, Updater]
+    headline: tuple[str, ...]  # the scalars that the progress bar shows
+    origin: dict[str, str]  # what besides the configuration determines the run: a fingerprint of weights or data
 
     @property
     @abstractmethod
@@ -130,9 +132,12 @@ class Trainer(ABC):
 class DistillationTrainer(Trainer):
     """Di[M]O: a student update, then ``num_auxiliary_steps`` auxiliary updates."""
 
+    headline = ("student_divergence", "auxiliary_loss")
+
     def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
         self.method, self.run = config.method, config.run
         self.teacher = teacher.eval().requires_grad_(False)
+        self.origin = {"teacher_weights": fingerprint(teacher)}
         self.student = copy.deepcopy(teacher).requires_grad_(True)
         self.auxiliary = copy.deepcopy(teacher).requires_grad_(True)
         if config.method.freeze == "recipe":
@@ -180,8 +185,11 @@ class DistillationTrainer(Trainer):
 class PretrainingTrainer(Trainer):
     """Masked-token training of a teacher on a data set that fits in memory."""
 
+    headline = ("loss",)
+
     def __init__(self, model: Teacher, data: DigitsSplit, config: PretrainConfig) -> None:
         self.config, self.run, self.model = config, config.run, model.train()
+        self.origin = {"data": data.checksum()}
         self.tokens, self.labels = data.tokens.to(model.device), data.labels.to(model.device)
         self.ema = Ema(model, config.run.ema_decay)
         self.key = dimo_ext.random_key(config.run.seed, device=model.device)
@@ -197,7 +205,7 @@ class PretrainingTrainer(Trainer):
         """One update on a random batch."""
         key = dimo_ext.fold_in(self.key, index)
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
-        with _dropout_seed(self.run.seed, index):
+        with self._dropout_seed(index):
             loss = pretrain_loss(
                 self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
             )
@@ -205,13 +213,16 @@ class PretrainingTrainer(Trainer):
         self.ema.update(self.model, index)
         return {"loss": loss, "gradient_norm": norm}
 
-
-@contextmanager
-def _dropout_seed(seed: int, index: int) -> Iterator[None]:
-    """Dropout reads torch's global generator: seed it for this step, so that a resumed run repeats, and restore it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + index)
-        yield
+    @contextmanager
+    def _dropout_seed(self, index: int) -> Iterator[None]:
+        """Seed torch's global generator, which dropout reads, so that a resumed run repeats; restore it afterwards."""
+        if self.config.network.dropout == 0.0:
+            yield
+            return
+        devices = [self.tokens.device] if self.tokens.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.run.seed * 1_000_003 + index)
+            yield
 
 
 Preview = Callable[[int, Teacher], tuple[dict[str, float], Tensor | None]]
@@ -233,12 +244,12 @@ def run_training(trainer: Trainer, config: Any, preview: Preview | None = None) 
         Interrupted: SIGINT or SIGTERM; the checkpoint is written first. A second signal stops at once.
     """
     run, path = config.run, Path(config.run.output) / CHECKPOINT
-    prepare_output(run.output)
+    remove_leftovers(prepare_output(run.output, files=(CHECKPOINT, LOG), folders=(BOARD,)))
     start = _resume(path, trainer, config)
     if start >= run.steps:
         print(f"{path} holds all {run.steps} steps already")
         return
-    with _Logger(run, start) as logger, _StopFlag() as stop:
+    with _Logger(run, start, trainer.headline) as logger, _StopFlag() as stop:
         _loop(trainer, config, start, path, logger, stop, preview)
 
 
@@ -249,19 +260,21 @@ def _loop(
 
     def save(done: int) -> None:
         optimizers = {name: u.optimizer for name, u in trainer.updaters.items()}
-        save_checkpoint(path, done, to_dict(config), trainer.modules, optimizers)
+        save_checkpoint(path, done, to_dict(config) | trainer.origin, trainer.modules, optimizers)
+        logger.restart_clock()
 
     for index in range(start, run.steps):
         logger.add(trainer.step(index))
         done = index + 1
-        last = done == run.steps
-        if done % run.log_every == 0 or last or stop.requested:
+        last, stopping = done == run.steps, stop.requested  # read once: a signal may come at any time
+        saving = done % run.save_every == 0 or last or stopping
+        if done % run.log_every == 0 or saving:  # flush raises on broken losses: no checkpoint of them is written
             logger.flush(done)
         if preview is not None and run.preview_every and (done % run.preview_every == 0 or last):
             logger.preview(done, *preview(done, trainer.result))
-        if done % run.save_every == 0 or last or stop.requested:
+        if saving:
             save(done)
-        if stop.requested and not last:
+        if stopping and not last:
             raise Interrupted(done)
 
 
@@ -270,7 +283,7 @@ def _resume(path: Path, trainer: Trainer, config: Any) -> int:
     if not path.exists():
         return 0
     step, stored = read_checkpoint_header(path)
-    differing = sorted(_differences(stored, to_dict(config)))
+    differing = sorted(_differences(stored, to_dict(config) | trainer.origin))
     if differing:
         raise ConfigError(
             f"{path.parent} holds a run of another configuration ({'; '.join(differing)}): "
@@ -319,8 +332,8 @@ class _StopFlag:
 class _Logger:
     """Averages scalars on the device, writes log.jsonl and TensorBoard, moves the progress bar."""
 
-    def __init__(self, run: RunConfig, start: int) -> None:
-        self.run, self.start = run, start
+    def __init__(self, run: RunConfig, start: int, headline: tuple[str, ...]) -> None:
+        self.run, self.start, self.headline = run, start, headline
         self.path = Path(run.output) / LOG
         self.sums: dict[str, Tensor] = {}
         self.count = 0
@@ -360,8 +373,13 @@ class _Logger:
             )
         seconds = (time.perf_counter() - self.clock) / self.count
         self._write(step, record | {"seconds_per_step": seconds})
-        self.bar.set_postfix({n: f"{record[n]:.3g}" for n in names[:1] + names[3:4]})
-        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
+        self.bar.set_postfix({n: f"{record[n]:.3g}" for n in self.headline})
+        self.sums, self.count = {}, 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the time of a step what was not training."""
+        self.clock = time.perf_counter()
 
     def preview(self, step: int, scalars: dict[str, float], image: Tensor | None) -> None:
         """Write a preview's scalars and image; its time does not count as training."""
@@ -369,7 +387,7 @@ class _Logger:
             self._write(step, scalars)
         if image is not None and self.board is not None:
             self.board.add_image("samples", image, step)
-        self.clock = time.perf_counter()
+        self.restart_clock()
 
     def _write(self, step: int, record: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in record.items()}) + "\n")
@@ -400,4 +418,4 @@ def _open_board(run: RunConfig, start: int) -> Any:
         return None
     import_extra("tensorboard", "run.tensorboard")
     writer = import_extra("torch.utils.tensorboard", "run.tensorboard").SummaryWriter
-    return writer(Path(run.output) / "tensorboard", purge_step=start + 1 if start else None)
+    return writer(Path(run.output) / BOARD, purge_step=start + 1 if start else None)

@@ -29,6 +29,10 @@ class MaskGITConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("grid_size", "vocab_size", "num_classes", "width", "depth", "heads", "mlp_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads ({self.heads}), got {self.width}")
 

@@ -99,11 +99,6 @@ def concat_conditions(first: Condition, second: Condition) -> Condition:
     return pytree.tree_map(lambda a, b: torch.cat([a, b]), first, second)
 
 
-def index_condition(condition: Condition, index: Tensor | slice) -> Condition:
-    """Select samples of a condition."""
-    return pytree.tree_map(lambda leaf: leaf[index], condition)
-
-
 def condition_size(condition: Condition) -> int:
     """Return the batch size of a condition."""
     return pytree.tree_leaves(condition)[0].shape[0]
