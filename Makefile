@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
 OPERATOR_TESTS := $(addprefix tests/test_,divergence.py cross_entropy.py sampling.py masking.py embedding.py random.py operators.py)
 
-.PHONY: help setup distill pretrain doctor test test-full lint format bench clean
+.PHONY: help setup distill pretrain doctor test test-full lint format docs bench clean
 
 help:
 	@echo "make distill    set up, distil the digits teacher into a one-step generator: runs/digits/"
@@ -18,18 +18,21 @@ help:
 	@echo "make test-full  the same with many more hypothesis examples"
 	@echo "make pretrain   train the digits teacher anew: runs/digits_teacher/"
 	@echo "make lint       ruff and clang-format;  make format rewrites"
+	@echo "make docs       docs/api.md from the docstrings"
 	@echo "make bench      time the operators: benchmarks/results/"
 	@echo "make doctor     what was built, what serves which device"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) CONFIG=$(CONFIG) ARGS='--run.seed 1'"
 
 # The stamps stand for finished installs, so an interrupted one is done again. torch comes first and alone: its version
 # is pinned here, while the package accepts any torch >= 2.6.
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
+TORCH_STAMP := $(VENV)/.$(subst =,-,$(TORCH))
+
+$(TORCH_STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@touch $@
 
-$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+$(VENV)/.package: $(TORCH_STAMP) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[train]'
 	@touch $@
 
@@ -70,6 +73,9 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -type f)
+
+docs: setup
+	$(BIN)/python -P scripts/api_page.py
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do \
