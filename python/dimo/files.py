@@ -31,12 +31,22 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _beside(path, path.suffix)
     try:
         yield temporary
+        _open_permissions(temporary)
         if temporary.is_dir() and path.is_dir():
             _replace_folder(temporary, path)
         else:
             temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+def _open_permissions(path: Path) -> None:
+    """Give files the permissions that the umask asks for: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def _beside(path: Path, suffix: str) -> Path:
