@@ -1,0 +1,376 @@
+"""The command line: help, suggestions, precedence, exit statuses, one-line errors, and the commands end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import dimo_ext
+from dimo import cli, doctor
+from dimo.checkpoint import read_model_config, save_model, versions
+from dimo.config import DistillConfig, MethodConfig, PretrainConfig, SampleConfig, SamplingConfig, load_config
+from dimo.generator import OneStepGenerator
+from dimo.teachers import DigitsTeacher, MaskGITTeacher
+
+TINY = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32, "dropout": 0.0}
+NETWORK = ["--network.width", "16", "--network.depth", "1", "--network.mlp-width", "32"]
+RUN = ["--run.steps", "3", "--run.batch-size", "8", "--run.preview-every", "0", "--run.device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Messages are not broken into lines by a narrow terminal."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def tiny(kind=DigitsTeacher, **sizes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind.build(TINY | sizes)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    return save_model(tmp_path / "teacher", tiny(), cli.TEACHER_FORMAT)
+
+
+@pytest.fixture
+def student(tmp_path) -> Path:
+    OneStepGenerator(tiny(), MethodConfig(student_temperature=1.5)).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def run(*arguments) -> int:
+    """The exit status, whether `main` returns it or the flag parser leaves with it."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def write(path: Path, values) -> Path:
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def assert_one_line_error(capsys, message: str) -> None:
+    """On stderr, prefixed, without traceback; nothing on stdout."""
+    out, err = capsys.readouterr()
+    assert err.startswith("dimo: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert out == ""
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["-h"], 0), (["help"], 0), ([], 2)])
+def test_usage_lists_every_command(arguments, status, capsys):
+    assert run(*arguments) == status
+    out = capsys.readouterr().out
+    for command in ("pretrain", "distill", "sample", "doctor"):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("pretrain", ["--run.output", "--network.width", "--condition-dropout", "--config FILE.yaml"]),
+        ("distill", ["--method.r-init", "--teacher.path", "--report.teacher-steps", "--config FILE.yaml"]),
+        ("sample", ["--model", "--sampler {ancestral,confident}", "--temperature", "Samples a class."]),
+        ("doctor", ["--json"]),
+    ],
+)
+def test_help_of_a_command(command, shown, capsys):
+    assert run(command, "--help") == 0
+    out, err = capsys.readouterr()
+    assert f"usage: dimo {command}" in out
+    assert all(text in out for text in shown)
+    assert err == ""
+
+
+def test_help_shows_the_values_of_the_config(tmp_path, capsys):
+    path = write(tmp_path / "c.yaml", {"run": {"output": "x", "steps": 4321}})
+    assert run("distill", "--config", path, "--help") == 0
+    assert "4321" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"dimo {versions()['dimo-ext']}\n"
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
+    path = write(
+        tmp_path / "c.yaml",
+        "run: {output: x, seed: 3, steps: 50}\nmethod: {r_init: 0.4}\nstudent: {learning_rate: 1e-4, clip_norm: 2}\n",
+    )
+    flags = ["--run.seed", "9", "--student.clip-norm", "None", "--report.teacher-steps", "3", "5"]
+    for config_flag in (["--config", str(path)], [f"--config={path}"]):
+        config = cli._parse("distill", DistillConfig, [*config_flag, *flags])
+        assert (config.run.output, config.run.seed, config.run.steps) == ("x", 9, 50)
+        assert (config.method.r_init, config.method.guidance_scale) == (0.4, MethodConfig().guidance_scale)
+        assert (config.student.learning_rate, config.student.clip_norm) == (1e-4, None)
+        assert config.report.teacher_steps == (3, 5)
+
+
+def test_flags_alone_give_the_same_as_yaml(tmp_path):
+    path = write(tmp_path / "c.yaml", {"run": {"output": "x"}, "mask_schedule": "cosine", "network": TINY})
+    flags = ["--run.output", "x", "--mask-schedule", "cosine", "--network.dropout", "0.0", "--network.heads", "2"]
+    assert cli._parse("pretrain", PretrainConfig, [*flags, *NETWORK]) == load_config(PretrainConfig, path)
+    assert cli._parse("sample", SampleConfig, []) == SampleConfig()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("distil", "unknown command 'distil': did you mean distill?"),
+        ("docter", "unknown command 'docter': did you mean doctor?"),
+        ("xyz", "unknown command 'xyz'; commands: pretrain, distill, sample, doctor"),
+    ],
+)
+def test_unknown_command(command, message, capsys):
+    assert run(command) == 2
+    assert_one_line_error(capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["distill", "--run.output", "x", "--run.stepps", "3"], ["--run.stepps", "--run.steps INT"]),
+        (["sample", "--temprature", "2"], ["--temprature", "--temperature"]),
+        (["distill"], ["--run.output"]),
+        (["distill", "--run.output", "x", "--run.steps", "ten"], ["--run.steps", "ten"]),
+        (["distill", "--run.output", "x", "--method.r-init", "3"], ["r_init: expected a number in [0, 1], got 3.0"]),
+        (["distill", "--run.output", "x", "--method.divergence", "kl"], ["divergence: expected one of forward_kl"]),
+        (["sample", "--mask-schedule", "mage"], ["mask_schedule: expected one of linear, square, cosine, arccos, got"]),
+        (["sample", "--sampler", "halton"], ["halton", "ancestral"]),
+        (["sample", "--output", "a.jpg"], ["output: expected a path that ends in .png, got 'a.jpg'"]),
+    ],
+)
+def test_bad_flags(arguments, messages, capsys):
+    """The flag parser frames its message; status 2, on stderr, with the nearest flag or the valid values."""
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert all(message in err for message in messages)
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"run": {"output": "x"}, "method": {"r_innit": 1}}, "unknown key method.r_innit: did you mean method.r_init?"),
+        ({"run": {"output": "x"}, "method": {"r_init": 1.5}}, "method.r_init: expected a number in [0, 1], got 1.5"),
+        ({"run": {"output": "x"}, "method": {"divergence": "jefreys:1"}}, "method.divergence: expected one of"),
+        ({"run": {"output": "x", "seed": -1}}, "run.seed: expected an integer in [0, 2^32), got -1"),
+        ("run: [1,\nmethod: {", "not valid YAML"),
+    ],
+)
+def test_bad_configs(content, message, tmp_path, capsys):
+    path = write(tmp_path / "c.yaml", content)
+    assert run("distill", "--config", path) == 2
+    assert_one_line_error(capsys, message)
+
+
+def test_bad_paths(tmp_path, teacher, capsys):
+    file = write(tmp_path / "file", "")
+    usable = save_model(tmp_path / "usable", tiny(), cli.TEACHER_FORMAT)
+    (teacher / "model.safetensors").write_bytes(b"abc")
+    out = ["--run.output", tmp_path / "run"]
+    for arguments, message in [
+        (["distill", "--config", tmp_path / "no.yaml"], "no.yaml: cannot be read"),
+        (["distill", *out, "--teacher.path", tmp_path / "nowhere"], "nowhere: expected a folder"),
+        (["distill", *out, "--teacher.path", teacher], "truncated or not a safetensors file"),
+        (["distill", *out, "--teacher.kind", "vq"], "teacher kind: expected one of digits, maskgit"),
+        (["distill", "--run.output", file / "run"], "output: expected a folder that can be written"),
+        (["pretrain", "--run.output", file / "run"], "output: expected a folder that can be written"),
+        (["distill", *out, "--run.device", "tpu"], "device: expected auto, cpu or an available cuda device"),
+        (["sample", "--model", tmp_path / "nowhere", "--output", tmp_path / "a.png"], "nowhere: expected a folder"),
+        (["sample", "--model", usable, "--output", file / "a.png"], "output: expected a folder that can be written"),
+        (["sample", "--model", teacher, "--output", tmp_path / "a.png"], "truncated or not a safetensors file"),
+        (["doctor", "--jsn"], "unknown argument '--jsn'"),
+    ]:
+        assert run(*arguments) == 2, arguments
+        assert_one_line_error(capsys, message)
+
+
+def test_errors_of_a_real_process(tmp_path):
+    """Status 2 and nothing but the line on stderr."""
+    command = [sys.executable, "-W", "ignore", "-m", "dimo.cli", "distill", "--config", str(tmp_path / "no.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dimo: error: config ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_missing_package_is_named(teacher, tmp_path, monkeypatch, capsys):
+    for name in [*(n for n in sys.modules if n.split(".")[0] == "matplotlib"), "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run("sample", "--model", teacher, "--output", tmp_path / "a.png", "--steps", "1") == 2
+    assert_one_line_error(capsys, "needs matplotlib: pip install 'dimo-ext[train]'")
+
+
+def test_diverging_training_is_status_1(tmp_path, capsys):
+    arguments = ["--run.output", tmp_path, "--optimizer.learning-rate", "1e30", "--optimizer.warmup-steps", "0"]
+    assert run("pretrain", *arguments, *RUN, *NETWORK, "--run.no-tensorboard") == 1
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert last.startswith("dimo: error: step ")
+    assert "is not finite" in last
+    assert "Traceback" not in err
+
+
+def test_keyboard_interrupt_is_status_130(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "sample", (interrupted, SampleConfig))
+    assert run("sample") == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_full_disk_is_status_1(monkeypatch, capsys):
+    def full(config):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(cli._COMMANDS, "sample", (full, SampleConfig))
+    assert run("sample") == 1
+    assert_one_line_error(capsys, "No space left on device")
+
+
+def test_one_config_file_at_most(tmp_path, capsys):
+    assert run("sample", "--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml") == 2
+    assert_one_line_error(capsys, "--config: expected one file")
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_text(capsys):
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    for text in (torch.__version__, "cpu ", "gpu ", "module ", "driver ", "backend ", "safetensors ", "matplotlib "):
+        assert text in out
+    for operator in dimo_ext.build_info()["operators"]:
+        assert f"\n  {operator} " in out
+
+
+def test_doctor_json(capsys):
+    assert run("doctor", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(json.dumps(doctor.diagnose()))
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["memory_gib"] > 0
+
+
+# --- sample ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("student", []),
+        ("student", ["--temperature", "0"]),
+        ("teacher", ["--steps", "2", "--guidance-scale", "1.5"]),
+        ("teacher", ["--steps", "2", "--sampler", "confident", "--temperature", "0.8"]),
+    ],
+)
+def test_sample_writes_a_picture_that_the_seed_decides(model, flags, request, tmp_path, capsys):
+    folder, pictures = request.getfixturevalue(model), []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        target = tmp_path / "new" / f"{name}.png"
+        arguments = ["--model", folder, "--output", target, "--per-class", "2", "--seed", seed, "--device", "cpu"]
+        assert run("sample", *arguments, *flags) == 0
+        assert capsys.readouterr().out == f"{target}\n"
+        pictures.append(target.read_bytes())
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != pictures[2]
+
+
+def test_sample_needs_a_model_of_pictures(tmp_path, capsys):
+    model = tiny(MaskGITTeacher, grid_size=2, vocab_size=5, num_classes=3)
+    folder = save_model(tmp_path / "maskgit", model, cli.TEACHER_FORMAT)
+    assert run("sample", "--model", folder, "--output", tmp_path / "a.png", "--steps", "1") == 2
+    assert_one_line_error(capsys, "model: expected one whose tokens can be shown as pictures, got kind 'maskgit'")
+
+
+# --- pretrain, distill, sample --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A teacher of three steps, a student distilled from it in three, and what was printed."""
+    folder = tmp_path_factory.mktemp("chain")
+    assert run("pretrain", "--run.output", folder / "pre", *RUN, *NETWORK) == 0
+    config = write(folder / "distill.yaml", {"report": {"teacher_steps": [1]}, "run": {"output": "unused"}})
+    arguments = ["--config", config, "--run.output", folder / "run", "--teacher.path", folder / "pre" / "teacher"]
+    assert run("distill", *arguments, *RUN) == 0
+    return folder
+
+
+def test_pretraining_saves_a_teacher(chain):
+    config = read_model_config(chain / "pre" / "teacher")
+    assert config["format"] == cli.TEACHER_FORMAT
+    assert config["recipe"]["run"]["steps"] == 3
+    assert set(config["metrics"]) == {f"{split}_cross_entropy" for split in ("train", "validation", "test")}
+    assert all(2.0 < value < 3.5 for value in config["metrics"].values())  # near log 17 = 2.83 after three steps
+    averaged = load_file(chain / "pre" / "checkpoint.safetensors")
+    saved = load_file(chain / "pre" / "teacher" / "model.safetensors")
+    assert all(torch.equal(value, averaged[f"ema/{name}"]) for name, value in saved.items())
+
+
+def test_distillation_leaves_its_results(chain):
+    folder = chain / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "checkpoint.safetensors", "comparison.png", "config.yaml", "curves.png", "log.jsonl", "metrics.json",
+        "student", "student.png", "table.md", "tensorboard",
+    }  # fmt: skip
+    config = load_config(DistillConfig, folder / "config.yaml")
+    assert (config.run.steps, config.report.teacher_steps) == (3, (1,))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    rows = ["real images (floor)", "teacher, 1 step", "student before training", "student, 1 step"]
+    assert list(metrics["rows"]) == rows
+    assert metrics["rows"]["teacher, 1 step"]["network_evaluations"] == 2  # guided
+    assert metrics["rows"]["student, 1 step"]["network_evaluations"] == 1
+    assert metrics["config"] == read_model_config(folder / "student")["recipe"]
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert all(name in table for name in rows)
+
+
+def test_distilled_student_is_its_moving_average(chain):
+    student = OneStepGenerator.from_pretrained(chain / "run" / "student")
+    averaged = load_file(chain / "run" / "checkpoint.safetensors")
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(value, averaged[f"ema/{name}"])
+    assert student.sampling == SamplingConfig()
+
+
+def test_distilled_student_samples(chain, tmp_path):
+    assert run("sample", "--model", chain / "run" / "student", "--output", tmp_path / "s.png", "--per-class", "1") == 0
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_distilling_into_the_folder_again_refuses_another_setting(chain, capsys):
+    arguments = ["--run.output", chain / "run", "--teacher.path", chain / "pre" / "teacher", *RUN]
+    assert run("distill", *arguments, "--method.r-init", "0.5") == 2
+    err = capsys.readouterr().err
+    assert "method.r_init: 0.8 there, 0.5 now" in err.splitlines()[-1]

@@ -1,0 +1,113 @@
+"""The MaskGIT transformer against the original's weights and outputs (tests/fixtures/README.md)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dimo.networks.maskgit import MaskGITConfig, MaskTransformer
+
+GOLDEN = Path(__file__).parent / "fixtures" / "maskgit_transformer.safetensors"
+VOCAB, CLASSES, GRID = 24, 7, 4
+WITH_MASK = VOCAB + 1  # the original keeps the logit of [MASK]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Tensors of the golden file by name; cloned, as memory-mapped ones are unaligned and round differently."""
+    with safe_open(GOLDEN, "pt") as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+@pytest.fixture(scope="module")
+def network(golden):
+    sizes = MaskGITConfig(
+        grid_size=GRID, vocab_size=VOCAB, num_classes=CLASSES, width=32, depth=2, heads=4, mlp_width=64
+    )
+    model = MaskTransformer(sizes).eval()
+    state = {name.removeprefix("state."): value for name, value in golden.items() if name.startswith("state.")}
+    model.load_state_dict(state, strict=True)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def tokens(golden):
+    return golden["in.img_token"].flatten(1)
+
+
+@pytest.fixture
+def classes(golden):
+    return golden["in.y"]
+
+
+def assert_golden(actual, expected):
+    """Rounding alone moves these logits by 1e-6; a tanh GELU in the last layer by some 2e-5."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_state_dict_has_the_original_keys_and_shapes(golden, network):
+    original = {name.removeprefix("state."): v.shape for name, v in golden.items() if name.startswith("state.")}
+    assert {name: v.shape for name, v in network.state_dict().items()} == original
+
+
+def test_ids(network):
+    assert (network.mask_id, network.null_class, network.seq_len) == (VOCAB, CLASSES, GRID * GRID)
+
+
+def test_golden_holds_masked_tokens_and_mixed_labels(golden, tokens):
+    """Else the comparisons below would prove less than they say."""
+    assert (tokens == VOCAB).any()
+    assert (tokens != VOCAB).any()
+    assert 0 < golden["in.drop_label"].sum() < len(golden["in.drop_label"])
+
+
+@pytest.mark.parametrize("case", ["nodrop", "drop_mixed", "drop_all"])
+def test_logits(case, golden, network, tokens, classes):
+    """The original's dropped labels are our null class."""
+    dropped = {
+        "nodrop": torch.zeros_like(golden["in.drop_label"]),
+        "drop_mixed": golden["in.drop_label"],
+        "drop_all": torch.ones_like(golden["in.drop_label"]),
+    }[case]
+    logits = network(tokens, torch.where(dropped, network.null_class, classes), columns=WITH_MASK)
+    assert_golden(logits, golden[f"out.logits_{case}"])
+
+
+def test_embedding_noise(golden, network, tokens, classes):
+    """The original's own noise through ``perturb``: before positions, on the tokens alone."""
+    sigma, noise = golden["in.noise_emb_perturb"].item(), golden["in.noise"][:, : GRID * GRID]
+
+    def perturb(embeddings):
+        assert embeddings.shape == noise.shape  # the class token is not among them
+        return sigma * noise + (1 - sigma**2) ** 0.5 * embeddings
+
+    assert_golden(network(tokens, classes, columns=WITH_MASK, perturb=perturb), golden["out.logits_noise"])
+
+
+def test_guidance_per_sample(golden, network, tokens, classes):
+    """Conditional and null-class logits mix to the original's u + s(c - u)."""
+    both = network(tokens.repeat(2, 1), torch.cat([classes, torch.full_like(classes, CLASSES)]), columns=WITH_MASK)
+    cond, uncond = both.chunk(2)
+    assert_golden(uncond + golden["in.cfg"].view(-1, 1, 1) * (cond - uncond), golden["out.logits_cfg"])
+
+
+def test_class_token_is_not_perturbed(network, tokens, classes):
+    """With all token embeddings replaced by zeros the logits still depend on the class, and on nothing else."""
+    blank = network(tokens, classes, perturb=torch.zeros_like)
+    assert torch.equal(blank, network(torch.zeros_like(tokens), classes, perturb=torch.zeros_like))
+    assert (blank - network(tokens, (classes + 1) % CLASSES, perturb=torch.zeros_like)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("columns", [1, 7, VOCAB, None])
+def test_slicing_the_head_equals_slicing_the_output(columns, network, tokens, classes):
+    sliced = network(tokens, classes, columns=columns)
+    whole = network(tokens, classes, columns=network.tok_emb.num_embeddings)
+    width = VOCAB if columns is None else columns
+    assert sliced.shape == (*tokens.shape, width)
+    torch.testing.assert_close(sliced, whole[..., :width], rtol=0, atol=1e-6)
+
+
+def test_width_must_be_a_multiple_of_heads():
+    with pytest.raises(ValueError, match=r"width: expected a multiple of heads \(3\), got 16"):
+        MaskGITConfig(width=16, heads=3)
