@@ -27,7 +27,15 @@ from .pretrain import held_out_loss
 from .report import image_grid
 from .samplers import sample_ancestral, sample_confident
 from .teachers import DigitsTeacher, Teacher
-from .trainer import DistillationTrainer, Interrupted, PretrainingTrainer, TrainingError, resolve_device, run_training
+from .trainer import (
+    DistillationTrainer,
+    Interrupted,
+    PretrainingTrainer,
+    TrainingError,
+    resolve_device,
+    run_training,
+    seeded_generator,
+)
 
 TEACHER_FORMAT = "dimo.teacher"
 _SAMPLE_BATCH = 512
@@ -39,8 +47,7 @@ def pretrain(config: PretrainConfig) -> None:
     device = resolve_device(config.run.device)
     output = prepare_output(config.run.output, folders=("teacher",))
     data = {name: load_digits_split(name) for name in ("train", "validation", "test")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
+    with seeded_generator(torch.device("cpu"), config.run.seed):
         model = DigitsTeacher.build(to_dict(config.network)).to(device)
     trainer = PretrainingTrainer(model, data["train"], config)
 

@@ -23,7 +23,7 @@ from .teachers import Teacher
 
 _SAMPLING_SEED = 1_000_000  # apart from the training seeds, the same for every row
 _BATCH = 512
-_SHOWN = 8  # samples a class in the pictures
+_SHOWN = 6  # samples a class in the pictures
 
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # class ids [N] and a key → tokens [N, 64]
@@ -89,7 +89,7 @@ def _measure(draw: Draw, labels: Tensor, evaluations: int, evaluator: DigitsEval
 
 
 def _by_class(tokens: Tensor, labels: Tensor) -> Tensor:
-    """The first samples of each class, ``[10, 8, 64]``."""
+    """The first samples of each class, ``[10, 6, 64]``."""
     return torch.stack([tokens[labels.cpu() == c][:_SHOWN] for c in range(NUM_CLASSES)])
 
 

@@ -205,7 +205,8 @@ class PretrainingTrainer(Trainer):
         """One update on a random batch."""
         key = dimo_ext.fold_in(self.key, index)
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
-        with self._dropout_seed(index):
+        # Only dropout reads torch's generator; seeding it by the step lets a resumed run repeat.
+        with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + index):
             loss = pretrain_loss(
                 self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
             )
@@ -213,16 +214,17 @@ class PretrainingTrainer(Trainer):
         self.ema.update(self.model, index)
         return {"loss": loss, "gradient_norm": norm}
 
-    @contextmanager
-    def _dropout_seed(self, index: int) -> Iterator[None]:
-        """Seed torch's global generator, which dropout reads, so that a resumed run repeats; restore it afterwards."""
-        if self.config.network.dropout == 0.0:
-            yield
-            return
-        devices = [self.tokens.device] if self.tokens.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.run.seed * 1_000_003 + index)
-            yield
+
+@contextmanager
+def seeded_generator(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the device's default generator for a block and restore it afterwards; no other generator is touched."""
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 Preview = Callable[[int, Teacher], tuple[dict[str, float], Tensor | None]]
