@@ -213,7 +213,8 @@ def test_bad_paths(tmp_path, teacher, capsys):
 def test_errors_of_a_real_process(tmp_path):
     """Status 2 and nothing but the line on stderr."""
     command = [sys.executable, "-W", "ignore", "-m", "dimo.cli", "distill", "--config", str(tmp_path / "no.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # Not in the source folder, which would stand before the installed package on the path.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("dimo: error: config ")
     assert done.stderr.count("\n") == 1

@@ -334,7 +334,8 @@ def straight(tmp_path_factory):
 def start_and_signal(folder: Path, number: signal.Signals) -> subprocess.CompletedProcess:
     """Run the command in a process of its own and send a signal once its log has some lines."""
     arguments = [sys.executable, "-W", "ignore", "-m", "dimo.cli", *command(folder)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Not in the source folder, which would stand before the installed package on the path.
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder.parent)
     deadline = time.monotonic() + 60
     while not (folder / LOG).exists() or (folder / LOG).read_bytes().count(b"\n") < 10:
         assert process.poll() is None, process.communicate()
