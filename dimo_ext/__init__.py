@@ -6,7 +6,7 @@ Every operator runs as a native kernel where one was built for the device, as pl
 
 from ._backend import build_info, use_backend
 from .cross_entropy import masked_cross_entropy
-from .divergence import distribution_matching_loss, token_divergence
+from .divergence import CountedDivergence, distribution_matching_loss, token_divergence
 from .divergences import (
     Alpha,
     Divergence,
@@ -29,6 +29,7 @@ from .sampling import CategoricalSample, sample_categorical
 __all__ = [
     "Alpha",
     "CategoricalSample",
+    "CountedDivergence",
     "Divergence",
     "ForwardKL",
     "Jeffreys",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,12 @@ _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
     "token_divergence(Tensor receiver, Tensor teacher_logits, Tensor auxiliary_logits, str divergence, "
     "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, "
-    "float auxiliary_temperature, Tensor? mask, bool need_gradient) -> (Tensor, Tensor)"
+    "float auxiliary_temperature, float? teacher_log_floor, Tensor? mask, bool need_gradient) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
-def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     native_kernel("token_divergence", teacher_logits.device)  # under "native": raises while there is no kernel
     return reference.token_divergence(teacher_logits, *args)
 
@@ -35,13 +38,21 @@ def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[
 def _fake(receiver, teacher_logits, auxiliary_logits, *args):
     precise = torch.float64 in (teacher_logits.dtype, auxiliary_logits.dtype)
     value = teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=torch.float64 if precise else torch.float32)
-    return value, torch.empty_like(auxiliary_logits) if args[-1] else auxiliary_logits.new_empty(0)
+    gradient = torch.empty_like(auxiliary_logits) if args[-1] else auxiliary_logits.new_empty(0)
+    return value, value.new_empty((), dtype=torch.int64), gradient
 
 
 for _device in ("CPU", "CUDA"):
     _LIB.impl("token_divergence", _token_divergence, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
 register_saved_gradient("dimo_ext::token_divergence", _LIB)
+
+
+class CountedDivergence(NamedTuple):
+    """A divergence or loss, and how many rows got gradient 0 because theirs has no limit or is not representable."""
+
+    value: Tensor
+    zeroed_rows: Tensor
 
 
 def token_divergence(
@@ -53,8 +64,10 @@ def token_divergence(
     guidance_scale: float | Tensor = 1.0,
     teacher_temperature: float = 1.0,
     auxiliary_temperature: float = 1.0,
+    teacher_log_floor: float | None = None,
     mask: Tensor | None = None,
-) -> Tensor:
+    count_zeroed: bool = False,
+) -> Tensor | CountedDivergence:
     """D_f(p ‖ q) of every token, p = softmax(teacher / τ_p), q = softmax(auxiliary / τ_q).
 
     The gradient goes to ``auxiliary_logits``: ∂D/∂z_q = (q·g - q·Σ_v q_v g_v) / τ_q with g = f(u) - u f'(u), u = p/q.
@@ -68,7 +81,11 @@ def token_divergence(
         guidance_scale: s, a float or a ``[B]`` tensor; 1 switches guidance off. Needs ``teacher_uncond_logits``.
         teacher_temperature: τ_p > 0.
         auxiliary_temperature: τ_q > 0.
+        teacher_log_floor: a number < 0 that bounds log p from below, for divergences that a filtered teacher makes
+            infinite (reverse KL, Neyman χ², α <= 0); p is not renormalised. None = no floor.
         mask: bool ``[...]``; False gives value 0 and gradient 0.
+        count_zeroed: return ``CountedDivergence(value, zeroed_rows)`` with an int64 scalar on the device; it counts
+            when a gradient is computed.
 
     Returns:
         ``[...]`` float32 (float64 where an input is). A row without a finite logit gives 0; the value is its limit,
@@ -78,10 +95,11 @@ def token_divergence(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
     """
-    return _checked_divergence(
+    result = _checked_divergence(
         auxiliary_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
-        teacher_temperature, auxiliary_temperature, mask,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask,
     )  # fmt: skip
+    return result if count_zeroed else result.value
 
 
 def distribution_matching_loss(
@@ -96,8 +114,10 @@ def distribution_matching_loss(
     guidance_scale: float | Tensor = 1.0,
     teacher_temperature: float = 1.0,
     auxiliary_temperature: float = 1.0,
+    teacher_log_floor: float | None = None,
     reduction: str = "batchmean",
-) -> Tensor:
+    count_zeroed: bool = False,
+) -> Tensor | CountedDivergence:
     """D_f(teacher ‖ auxiliary), reduced, with ∂D/∂auxiliary_logits handed to ``student_logits``.
 
     This is the loss of Di[M]O (arXiv 2503.15457): its value is the true divergence, its backward the pseudo-gradient
@@ -106,7 +126,7 @@ def distribution_matching_loss(
     Args:
         student_logits: ``[..., V]``, the logits whose draws were masked to make the other networks' input; not read.
         teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale, teacher_temperature,
-            auxiliary_temperature: as in :func:`token_divergence`.
+            auxiliary_temperature, teacher_log_floor, count_zeroed: as in :func:`token_divergence`.
         mask: bool ``[...]``, True = counted; None counts all.
         weight: ``[B]`` or the shape of the tokens ``[...]``, the w(t) of the objective; None = 1.
         reduction: "none", "sum", "mean" (÷ counted tokens, never ÷ weights) or "batchmean" (sum ÷ B, needs at least
@@ -121,20 +141,22 @@ def distribution_matching_loss(
     check_logits(student_logits, "student_logits")
     check_logits(teacher_logits, "teacher_logits", student_logits)
     check_reduction(reduction, student_logits)
-    value = _checked_divergence(
+    value, zeroed_rows = _checked_divergence(
         student_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
-        teacher_temperature, auxiliary_temperature, mask,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask,
     )  # fmt: skip
     if weight is not None:
         weight = _per_token(weight, value)
         weight = weight if mask is None else torch.where(mask, weight, 0.0)
         value = value.masked_fill(weight == 0, 0.0) * weight  # 0 wins over an infinite value or weight
-    return reduce_tokens(value, mask, reduction)
+    loss = reduce_tokens(value, mask, reduction)
+    return CountedDivergence(loss, zeroed_rows) if count_zeroed else loss
 
 
 def _checked_divergence(
-    receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature, mask
-) -> Tensor:
+    receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
+    teacher_log_floor, mask,
+) -> CountedDivergence:  # fmt: skip
     check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
     scale, scale_per_sample = check_guidance(teacher, uncond, "teacher_uncond_logits", guidance_scale)
@@ -142,13 +164,16 @@ def _checked_divergence(
         check_number(teacher_temperature, "teacher_temperature", low=0.0, open_low=True),
         check_number(auxiliary_temperature, "auxiliary_temperature", low=0.0, open_low=True),
     ]
+    if teacher_log_floor is not None:
+        teacher_log_floor = check_number(teacher_log_floor, "teacher_log_floor", high=-1e-3)
     if mask is not None:
         check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
-    return torch.ops.dimo_ext.token_divergence(
+    value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
         receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
-        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, mask,
+        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, teacher_log_floor, mask,
         needs_gradient(receiver),
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return CountedDivergence(value, zeroed_rows)
 
 
 def _per_token(weight: Tensor, value: Tensor) -> Tensor:

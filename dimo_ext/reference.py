@@ -168,7 +168,8 @@ def masked_cross_entropy(
         return value, counted, logits.new_empty(0)
     gradient = log_probs.exp() - label_smoothing / vocab
     gradient.scatter_add_(-1, index, torch.full_like(gradient[..., :1], label_smoothing - 1.0))
-    return value, counted, _stored(gradient, logits, counted)
+    stored = torch.empty_like(logits).copy_(gradient)
+    return value, counted, _zero_rows(stored, counted & torch.isfinite(stored).all(-1))
 
 
 # --- token-level f-divergence ---------------------------------------------------------------------------------------
@@ -177,22 +178,28 @@ def masked_cross_entropy(
 def token_divergence(
     teacher_logits: Tensor, auxiliary_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
     guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
-    auxiliary_temperature: float, mask: Tensor | None, need_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """D_f(teacher ‖ auxiliary) of each token and ∂D/∂auxiliary_logits in the logits' dtype (empty unless needed)."""
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """D_f(teacher ‖ auxiliary) of each token, how many rows' gradients cannot be represented, ∂D/∂auxiliary_logits.
+
+    The gradient has the logits' dtype, and is empty unless needed.
+    """
     z_p = _guided(teacher_logits, uncond_logits, guidance_scale, guidance_per_sample)
-    log_p, log_q = torch.promote_types(z_p.dtype, _compute_dtype(auxiliary_logits)), None
-    z_q = auxiliary_logits.to(log_p)
-    alive = torch.isfinite(z_p.amax(-1)) & torch.isfinite(z_q.amax(-1))
-    counted = alive if mask is None else alive & mask
-    log_p = _log_softmax(z_p.to(log_p), teacher_temperature)
-    log_q = _log_softmax(z_q, auxiliary_temperature)
+    compute = torch.promote_types(z_p.dtype, _compute_dtype(auxiliary_logits))
+    z_p, z_q = z_p.to(compute), auxiliary_logits.to(compute)
+    counted = torch.isfinite(z_p.amax(-1)) & torch.isfinite(z_q.amax(-1))
+    counted = counted if mask is None else counted & mask
+    log_p, log_q = _log_softmax(z_p, teacher_temperature), _log_softmax(z_q, auxiliary_temperature)
+    if teacher_log_floor is not None:  # ids that neither side knows stay out
+        log_p = log_p.clamp(min=teacher_log_floor).where((log_p > -math.inf) | (log_q > -math.inf), -math.inf)
     value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q)
     value = torch.where(counted, value, 0.0)
     if not need_gradient:
-        return value, auxiliary_logits.new_empty(0)
+        return value, value.new_zeros((), dtype=torch.int64), auxiliary_logits.new_empty(0)
     gradient = (pull - log_q.exp() * pull.sum(-1, keepdim=True)) / auxiliary_temperature
-    return value, _stored(gradient, auxiliary_logits, counted)
+    stored = torch.empty_like(auxiliary_logits).copy_(gradient)
+    usable = torch.isfinite(stored).all(-1)
+    return value, (counted & ~usable).sum(), _zero_rows(stored, counted & usable)
 
 
 def divergence_terms(divergence: names.Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -397,8 +404,6 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return (z - z.logsumexp(-1, keepdim=True)).masked_fill(z == -math.inf, -math.inf)
 
 
-def _stored(gradient: Tensor, like: Tensor, counted: Tensor) -> Tensor:
-    """The gradient in the dtype and strides of ``like``; uncounted and unrepresentable rows are zero."""
-    stored = torch.empty_like(like).copy_(gradient)
-    usable = counted & torch.isfinite(stored).all(-1)
-    return stored.masked_fill_(~usable[..., None], 0.0)
+def _zero_rows(gradient: Tensor, keep: Tensor) -> Tensor:
+    """Zero the rows that are not counted or hold what the dtype cannot represent."""
+    return gradient.masked_fill_(~keep[..., None], 0.0)

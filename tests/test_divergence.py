@@ -778,3 +778,65 @@ def test_batchmean_needs_a_batch_and_a_sequence(device):
 
     assert_rejected(call, "reduction", "another than 'batchmean'", "'batchmean'")
     assert dx.distribution_matching_loss(logits, logits, logits, "le_cam", reduction="mean") == 0
+
+
+# --- options for filtered teachers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "neyman_chi2", "alpha:-1", "jeffreys:0.5"])
+def test_teacher_log_floor(device, divergence):
+    """The floor makes an infinite divergence finite: log p is replaced by max(log p, floor) and nothing else."""
+    teacher = torch.tensor([[1.0, 0.0, -inf, -inf]], dtype=torch.float64, device=device)
+    auxiliary = torch.tensor([[0.5, 0.2, -1.0, -inf]], dtype=torch.float64, device=device, requires_grad=True)
+    assert dx.token_divergence(teacher, auxiliary, divergence).item() == inf
+    value = dx.token_divergence(teacher, auxiliary, divergence, teacher_log_floor=-5.0)
+    (gradient,) = torch.autograd.grad(value.sum(), auxiliary)
+
+    known = auxiliary.detach()[:, :3].requires_grad_()  # the last id is known to neither side
+    log_p = torch.cat([teacher[:, :2].log_softmax(-1), torch.full_like(teacher[:, :1], -5.0)], -1)
+    log_q = known.log_softmax(-1)
+    p, q, u = log_p.exp(), log_q.exp(), (log_p - log_q).exp()
+    f = {
+        "reverse_kl": -u.log() + u - 1,
+        "neyman_chi2": (1 - u) ** 2 / u,
+        "alpha:-1": (1 / u + u - 2) / 2,
+        "jeffreys:0.5": 0.5 * (u * u.log() - u + 1) + 0.5 * (u - 1 - u.log()),
+    }[divergence]
+    expected = (q * f).sum(-1)
+    assert_close(value, expected, torch.float64)
+    (want,) = torch.autograd.grad(expected.sum(), known)
+    assert_close(gradient[:, :3], want, torch.float64)
+    assert gradient[0, 3].item() == 0
+
+
+def test_teacher_log_floor_leaves_probable_ids_alone(device):
+    """A floor below every log p changes no bit."""
+    teacher, auxiliary = pair(device)
+    plain = dx.token_divergence(teacher, auxiliary, "reverse_kl")
+    assert torch.equal(plain, dx.token_divergence(teacher, auxiliary, "reverse_kl", teacher_log_floor=-1e4))
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0, -inf, float("nan"), "low"])
+def test_bad_teacher_log_floor(device, floor):
+    teacher, auxiliary = pair(device)
+    with pytest.raises((ValueError, TypeError), match="teacher_log_floor"):
+        dx.token_divergence(teacher, auxiliary, "reverse_kl", teacher_log_floor=floor)
+
+
+def test_rows_of_zeroed_gradient_are_counted(device):
+    """Counted are the rows whose gradient has no limit; not masked-out ones, not those without a finite logit."""
+    teacher = torch.tensor([[1.0, -inf], [0.0, 1.0], [2.0, -inf], [-inf, -inf]], device=device)
+    auxiliary = torch.zeros(4, 2, device=device, requires_grad=True)
+    mask = torch.tensor([True, True, False, True], device=device)
+    value, zeroed = dx.token_divergence(teacher, auxiliary, "reverse_kl", mask=mask, count_zeroed=True)
+    assert value.tolist()[0] == inf
+    assert zeroed.dtype == torch.int64
+    assert zeroed.item() == 1
+    student = torch.zeros(1, 4, 2, device=device, requires_grad=True)
+    counted = dx.distribution_matching_loss(
+        student, teacher[None], auxiliary[None], "reverse_kl", mask=mask[None], count_zeroed=True
+    )
+    assert counted.zeroed_rows.item() == 1
+    counted.value.backward()
+    assert student.grad[0, 0].tolist() == [0, 0]
+    assert student.grad[0, 1].abs().sum() > 0

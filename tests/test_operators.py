@@ -30,8 +30,9 @@ def test_opcheck_token_divergence(device, layout, dtype, guided, need_gradient):
     teacher, auxiliary, uncond = logits_of(device, layout, dtype)
     mask = torch.tensor([[True, False, True]] * 2, device=device) if guided else None
     scale = torch.tensor([1.0, 2.0], device=device) if guided else None
+    floor = -20.0 if guided else None
     receiver = auxiliary.clone().requires_grad_(need_gradient)
-    arguments = (teacher, auxiliary, "jeffreys:-0.2", uncond if guided else None, 1.5, scale, 1.0, 0.8, mask)
+    arguments = (teacher, auxiliary, "jeffreys:-0.2", uncond if guided else None, 1.5, scale, 1.0, 0.8, floor, mask)
     torch.library.opcheck(OPERATORS.token_divergence.default, (receiver, *arguments, need_gradient))
 
 
