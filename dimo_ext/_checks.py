@@ -1,14 +1,21 @@
-"""Argument checks: one clear error that names the argument, what was expected and what was given."""
+"""Argument checks: one clear error that names the argument, what was expected and what was given.
+
+Shapes, dtypes, devices and Python scalars are always checked. Values inside tensors may live on a GPU, where reading
+them would wait for it: they are checked under DIMO_EXT_DEBUG=1 alone.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEBUG = os.environ.get("DIMO_EXT_DEBUG", "0") not in ("", "0")
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -68,6 +75,23 @@ def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
         require(logits.device == like.device, name, f"a tensor on {like.device}", f"one on {logits.device}")
 
 
+def check_values(valid: Callable[[], Tensor], name: str, expected: str) -> None:
+    """Under DIMO_EXT_DEBUG=1, raise ValueError unless the boolean tensor that ``valid`` computes is all True."""
+    if DEBUG and not torch.compiler.is_compiling():
+        wrong = int((~valid()).sum())
+        require(wrong == 0, name, expected, f"{wrong} other value{'s' if wrong > 1 else ''}")
+
+
+def check_logit_values(logits: Tensor, name: str, counted: Tensor | None = None) -> None:
+    """Under DIMO_EXT_DEBUG=1, raise ValueError for NaN or +inf in a counted row."""
+
+    def valid() -> Tensor:
+        usable = (logits < math.inf).all(-1)
+        return usable if counted is None else usable | ~counted
+
+    check_values(valid, name, "rows of numbers below +inf")
+
+
 def check_device(device: torch.device | str, name: str = "device") -> torch.device:
     """Return ``device`` with its index, as tensors report it."""
     try:
@@ -97,6 +121,8 @@ def split_scalar_or_per_sample(
     """
     if isinstance(value, Tensor):
         check_tensor(value, name, torch.Size([batch_size]), FLOATS, device)
+        inside = f"finite numbers in [{low:g}, {high:g}]"
+        check_values(lambda: torch.isfinite(value) & (value >= low) & (value <= high), name, inside)
         return 0.0, value.to(torch.float32)
     return check_number(value, name, low=low, high=high), None
 

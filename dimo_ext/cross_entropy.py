@@ -8,7 +8,15 @@ from torch import Tensor
 from . import reference
 from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
 from ._backend import native_kernel
-from ._checks import check_logits, check_number, check_reduction, check_tensor, require
+from ._checks import (
+    check_logit_values,
+    check_logits,
+    check_number,
+    check_reduction,
+    check_tensor,
+    check_values,
+    require,
+)
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
@@ -34,6 +42,16 @@ for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_cross_entropy", _masked_cross_entropy, _device)
 torch.library.register_fake("dimo_ext::masked_cross_entropy", _fake, lib=_LIB)
 register_saved_gradient("dimo_ext::masked_cross_entropy", _LIB)
+
+
+def _check_values(logits: Tensor, targets: Tensor, mask: Tensor | None) -> None:
+    check_logit_values(logits, "logits", mask)
+
+    def valid() -> Tensor:
+        inside = (targets >= 0) & (targets < logits.shape[-1])
+        return inside if mask is None else inside | ~mask
+
+    check_values(valid, "targets", f"ids in [0, {logits.shape[-1]}) at counted tokens")
 
 
 def masked_cross_entropy(
@@ -65,6 +83,7 @@ def masked_cross_entropy(
     check_tensor(targets, "targets", logits.shape[:-1], (torch.int64,), logits.device)
     if mask is not None:
         check_tensor(mask, "mask", logits.shape[:-1], (torch.bool,), logits.device)
+    _check_values(logits, targets, mask)
     label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
     require(label_smoothing < 1.0, "label_smoothing", "a number in [0, 1)", label_smoothing)
     check_reduction(reduction, logits)

@@ -13,10 +13,12 @@ from ._backend import native_kernel
 from ._checks import (
     FLOATS,
     check_guidance,
+    check_logit_values,
     check_logits,
     check_number,
     check_reduction,
     check_tensor,
+    check_values,
     require,
 )
 from .divergences import Divergence, parse_divergence
@@ -168,6 +170,8 @@ def _checked_divergence(
         teacher_log_floor = check_number(teacher_log_floor, "teacher_log_floor", high=-1e-3)
     if mask is not None:
         check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
+    for logits, name in ((teacher, "teacher_logits"), (auxiliary, "auxiliary_logits")):
+        check_logit_values(logits, name, mask)
     value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
         receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
         None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, teacher_log_floor, mask,
@@ -182,4 +186,5 @@ def _per_token(weight: Tensor, value: Tensor) -> Tensor:
     fits = isinstance(weight, Tensor) and weight.shape in shapes
     require(fits, "weight", f"a tensor of shape {list(shapes[0])} or {list(shapes[1])}", given)
     check_tensor(weight, "weight", weight.shape, FLOATS, value.device)
+    check_values(lambda: torch.isfinite(weight), "weight", "finite numbers")
     return weight.detach().to(value.dtype).view(*weight.shape, *[1] * (value.dim() - weight.dim()))

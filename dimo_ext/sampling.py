@@ -9,7 +9,14 @@ from torch import Tensor
 
 from . import reference
 from ._backend import native_kernel
-from ._checks import check_guidance, check_integer, check_logits, check_number
+from ._checks import (
+    check_guidance,
+    check_integer,
+    check_logit_values,
+    check_logits,
+    check_number,
+    check_values,
+)
 from .random import resolve_key
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
@@ -77,6 +84,8 @@ def sample_categorical(
         ValueError, TypeError: naming the argument, what was expected and what was given.
     """
     check_logits(logits, "logits")
+    check_logit_values(logits, "logits")
+    check_values(lambda: (logits > float("-inf")).any(-1), "logits", "a finite logit in every row")
     scale, per_sample = check_guidance(logits, uncond_logits, "uncond_logits", guidance_scale)
     temperature = check_number(temperature, "temperature", low=0.0)
     check_integer(top_k, "top_k", low=0, high=logits.shape[-1])

@@ -795,7 +795,7 @@ def test_teacher_log_floor(device, divergence):
     known = auxiliary.detach()[:, :3].requires_grad_()  # the last id is known to neither side
     log_p = torch.cat([teacher[:, :2].log_softmax(-1), torch.full_like(teacher[:, :1], -5.0)], -1)
     log_q = known.log_softmax(-1)
-    p, q, u = log_p.exp(), log_q.exp(), (log_p - log_q).exp()
+    q, u = log_q.exp(), (log_p - log_q).exp()
     f = {
         "reverse_kl": -u.log() + u - 1,
         "neyman_chi2": (1 - u) ** 2 / u,
