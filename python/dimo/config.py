@@ -161,7 +161,7 @@ class TeacherConfig:
 class SamplingConfig:
     """How a one-step student samples: all that it needs besides its weights."""
 
-    r_init: float = 0.8
+    r_init: float = 0.85
     """Share of [MASK] in the student's input, the rest are uniform random tokens; in [0, 1]."""
     embedding_noise: float = 0.1
     """Sigma of the noise on the student's token embeddings, in [0, 1]."""
@@ -233,7 +233,7 @@ class DistillConfig:
     run: RunConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
-    student: OptimizerConfig = field(default_factory=OptimizerConfig)
+    student: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=5e-4))
     auxiliary: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
     report: ReportConfig = field(default_factory=ReportConfig)
 
