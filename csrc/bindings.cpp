@@ -55,6 +55,10 @@ InitTokensArgs init_tokens_args(Address out_tokens, int64_t batch, int64_t lengt
           pointer<const int64_t>(key),  key_stride, mask_id, vocab_size};
 }
 
+FoldInArgs fold_in_args(Address key, int64_t key_stride, int64_t n, Address numbers, Address out, int64_t count) {
+  return {pointer<const int64_t>(key), key_stride, n, pointer<const int64_t>(numbers), pointer<int64_t>(out), count};
+}
+
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const Words4 words = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
   return {words.word[0], words.word[1], words.word[2], words.word[3]};
@@ -133,6 +137,28 @@ void define_build_info(py::module_& m) {
         "Why this module's kernels cannot run on a device; empty if they can. Creates the device's context.");
 }
 
+void define_fold_in(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_fold_in",
+      [](Address key, int64_t key_stride, int64_t n, Address numbers, Address out, int64_t count, int) {
+        cpu::fold_in(fold_in_args(key, key_stride, n, numbers, out, count));
+      },
+      arg("key"), arg("key_stride"), arg("n"), arg("numbers"), arg("out"), arg("count"), arg("num_threads"), no_gil);
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_fold_in",
+      [](Address key, int64_t key_stride, int64_t n, Address numbers, Address out, int64_t count, int device_index,
+         Address stream) {
+        on_device(device_index, stream, "fold_in", &cuda::fold_in,
+                  fold_in_args(key, key_stride, n, numbers, out, count));
+      },
+      arg("key"), arg("key_stride"), arg("n"), arg("numbers"), arg("out"), arg("count"), arg("device_index"),
+      arg("stream"), no_gil);
+#endif
+}
+
 void define_mask_tokens(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -195,6 +221,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of dimo_ext. Addresses are integers; the Python layer checks every argument.";
   dimo::define_build_info(m);
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
+  dimo::define_fold_in(m);
   dimo::define_mask_tokens(m);
   dimo::define_init_tokens(m);
 }

@@ -37,8 +37,19 @@ struct InitTokensArgs {
   uint32_t vocab_size;
 };
 
+// Derives keys: row n of the stream of each key becomes a new (seed, offset).
+struct FoldInArgs {
+  const int64_t* key;  // as in MaskTokensArgs
+  int64_t key_stride;
+  int64_t n;               // for every key, unless `numbers` is given
+  const int64_t* numbers;  // [count] or null
+  int64_t* out;            // [count, 2]
+  int64_t count;
+};
+
 namespace cpu {
 
+void fold_in(const FoldInArgs& args);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 
@@ -46,6 +57,7 @@ void init_tokens(const InitTokensArgs& args, int num_threads);
 
 namespace cuda {
 
+int fold_in(const FoldInArgs& args, void* stream);
 int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
 

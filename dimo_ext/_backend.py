@@ -21,6 +21,7 @@ BACKENDS = ("auto", "native", "reference")
 
 # Every operator; the compiled module serves one natively where it has `cpu_<name>` or `cuda_<name>`.
 OPERATORS = (
+    "fold_in",
     "token_divergence",
     "masked_cross_entropy",
     "sample_categorical",
@@ -114,6 +115,13 @@ def native_kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
         if device.type == "cuda" and _core is not None and _cuda_problem(index) is not None:
             _notice(f"dimo_ext: {device} is served by plain PyTorch: {problem}")
     return kernel
+
+
+def placement(device: torch.device) -> tuple[int, ...]:
+    """The trailing arguments of a native launcher: threads on the CPU, device and stream on a GPU."""
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache

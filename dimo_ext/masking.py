@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import native_kernel
+from ._backend import native_kernel, placement
 from ._checks import (
     check_choice,
     check_device,
@@ -47,16 +47,9 @@ def _mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_m
     kernel(
         tokens.data_ptr(), masked.data_ptr(), mask.data_ptr(), *tokens.shape, ratio,
         0 if per_sample is None else per_sample.data_ptr(), key.data_ptr(), 2 if key.dim() == 2 else 0,
-        mask_id, bernoulli, min_masked, *_placement(tokens.device),
+        mask_id, bernoulli, min_masked, *placement(tokens.device),
     )  # fmt: skip
     return masked, mask
-
-
-def _placement(device: torch.device) -> tuple[int, ...]:
-    """The trailing arguments of a native launcher: threads on the CPU, device and stream on a GPU."""
-    if device.type == "cpu":
-        return (torch.get_num_threads(),)
-    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _mask_tokens_fake(tokens, *_):
@@ -72,7 +65,7 @@ def _init_tokens(key, batch_size, seq_len, vocab_size, mask_id, r_init):
     tokens = key.new_empty(batch_size, seq_len)
     kernel(
         tokens.data_ptr(), batch_size, seq_len, r_init, key.data_ptr(), 2 if key.dim() == 2 else 0,
-        mask_id, vocab_size, *_placement(key.device),
+        mask_id, vocab_size, *placement(key.device),
     )  # fmt: skip
     return tokens
 

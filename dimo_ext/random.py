@@ -1,38 +1,52 @@
 """Keys: every random operator is a pure function of one (seed, offset) pair held in a tensor.
 
-A key is int64 ``[2]``, or ``[B, 2]`` with one key a sample. Draws come from Philox4x32-10 (Salmon et al., *Parallel
-random numbers: as easy as 1, 2, 3*, SC 2011) with the seed as Philox key and the counter words
-``[block | tag << 24, row, offset low, offset high]``. Reference, CPU and CUDA share this convention, so that the same
-key gives the same draws everywhere.
+A key is int64 ``[2]``, or ``[B, 2]`` with one key a sample. Draws come from Philox4x32-10 (see :mod:`dimo_ext.philox`);
+the same key gives the same draws on every backend.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import reference
+from ._backend import native_kernel, placement
 from ._checks import check_device, check_integer, require, require_type
+from .philox import WORD, Tag, random_words, uniform
 
-_WORD = 0xFFFFFFFF
-_ROUND_KEYS = (0x9E3779B9, 0xBB67AE85)
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INT64_RANGE = (-(2**63), 2**63)
 
+_LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_LIB.define("fold_in(Tensor key, int n, Tensor? n_tensor) -> Tensor")
 
-class Tag(enum.IntEnum):
-    """Keeps operators that share a key independent: it fills the top byte of the first counter word."""
 
-    MASK_TOKENS = 1
-    INIT_MASK = 2
-    INIT_IDS = 3
-    SAMPLE_CATEGORICAL = 4
-    PERTURB_EMBEDDINGS = 5
-    REVEAL = 6
-    UNIFORM = 7
-    FOLD_IN = 255
+def _fold_in(key: Tensor, n: int, n_tensor: Tensor | None) -> Tensor:
+    kernel = native_kernel("fold_in", key.device)
+    if kernel is None:
+        return reference.fold_in(key, n, n_tensor)
+    shape = _folded_shape(key, n_tensor)
+    key = key.contiguous() if key.dim() == 1 else key.expand(shape).contiguous()
+    numbers = None if n_tensor is None else n_tensor.to(torch.int64).expand(shape[:-1]).contiguous()
+    folded = key.new_empty(shape)
+    kernel(
+        key.data_ptr(), 0 if key.dim() == 1 else 2, n, 0 if numbers is None else numbers.data_ptr(), folded.data_ptr(),
+        folded.numel() // 2, *placement(key.device),
+    )  # fmt: skip
+    return folded
+
+
+def _folded_shape(key: Tensor, n_tensor: Tensor | None) -> torch.Size:
+    numbers = torch.Size() if n_tensor is None else n_tensor.shape
+    return torch.Size([*torch.broadcast_shapes(numbers, key.shape[:-1]), 2])
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("fold_in", _fold_in, _device)
+torch.library.register_fake(
+    "dimo_ext::fold_in", lambda key, n, n_tensor: key.new_empty(_folded_shape(key, n_tensor)), lib=_LIB
+)
 
 
 def random_key(seed: int | Sequence[int], offset: int = 0, *, device: torch.device | str | None = None) -> Tensor:
@@ -68,17 +82,15 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
     check_key(key)
     if not isinstance(n, Tensor):
         require_type(n, int, "n", "an int or an integer tensor")
-        require(0 <= n <= _WORD, "n", "an integer in [0, 2^32)", n)
-        n = torch.full((), n, dtype=torch.int64, device=key.device)
+        require(0 <= n <= WORD, "n", "an integer in [0, 2^32)", n)
+        return torch.ops.dimo_ext.fold_in(key, n, None)
     integral = not (n.dtype.is_floating_point or n.dtype.is_complex or n.dtype == torch.bool)
     require(integral, "n", "an int or an integer tensor", n.dtype, TypeError)
     require(n.device == key.device, "n", f"a tensor on {key.device}", f"one on {n.device}")
     batch = key.shape[:-1]
     fits = not batch or not n.dim() or n.shape[-1] == 1 or batch[0] in (1, n.shape[-1])
     require(fits, "n", f"a shape that broadcasts with {list(batch)}", list(n.shape))
-    row = (n.to(torch.int64) & _WORD).expand(torch.broadcast_shapes(n.shape, batch))
-    words = torch.stack(_philox(torch.full_like(row, int(Tag.FOLD_IN) << 24), row, key[..., 1], key[..., 0]), -1)
-    return words[..., 0::2] | (words[..., 1::2] << 32)
+    return torch.ops.dimo_ext.fold_in(key, 0, n)
 
 
 def random_uniform(key: Tensor, count: int) -> Tensor:
@@ -124,41 +136,6 @@ def resolve_key(
             raise RuntimeError("generator: not supported under torch.compile; pass key=dimo_ext.random_key(seed)")
     where = device if generator is None else generator.device
     return torch.randint(*_INT64_RANGE[:1], _INT64_RANGE[1] - 1, (2,), generator=generator, device=where).to(device)
-
-
-def random_words(key: Tensor, batch_size: int, rows: int, count: int, tag: Tag) -> Tensor:
-    """Draw 32-bit words, int64 ``[batch_size * rows, count]`` in [0, 2^32).
-
-    Word i of a row is word i % 4 of Philox block i // 4. The row is the position in the flattened batch for a ``[2]``
-    key, the position within the sample for a ``[B, 2]`` key.
-    """
-    blocks = -(-count // 4)
-    row = torch.arange(batch_size * rows, device=key.device)
-    if key.dim() == 2:
-        key, row = key.repeat_interleave(rows, 0)[:, None, :], row % max(rows, 1)
-    block = torch.arange(blocks, device=key.device) | (int(tag) << 24)
-    block, row = torch.broadcast_tensors(block, row[:, None])
-    words = torch.stack(_philox(block, row, key[..., 1], key[..., 0]), -1)
-    return words.reshape(batch_size * rows, blocks * 4)[:, :count]
-
-
-def uniform(words: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Map 32-bit words to (x + 1/2) / 2^32 in the open interval (0, 1); the largest value stays below 1."""
-    below_one = 1.0 - torch.finfo(dtype).eps / 2
-    return ((words.to(torch.float64) + 0.5) * 2.0**-32).to(dtype).clamp_(max=below_one)
-
-
-def _philox(block: Tensor, row: Tensor, offset: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words; ``offset`` and ``seed`` hold 64 bits."""
-    c0, c1, c2, c3 = block, row, offset & _WORD, (offset >> 32) & _WORD
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        # The product of two 32-bit words wraps in int64; its bits are right, so are its halves.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ k0, product1 & _WORD
-        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ k1, product0 & _WORD
-        k0, k1 = (k0 + _ROUND_KEYS[0]) & _WORD, (k1 + _ROUND_KEYS[1]) & _WORD
-    return c0, c1, c2, c3
 
 
 def _as_int64(name: str, value: int) -> int:

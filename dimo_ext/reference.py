@@ -13,10 +13,22 @@ import torch
 from torch import Tensor
 
 from . import divergences as names
-from .random import Tag, random_words, uniform
+from .philox import WORD, Tag, philox, random_words, uniform
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
 _WEIGHT_BITS = 40  # fixed point of the weights inside a chunk: sums are exact, so their order is free
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def fold_in(key: Tensor, n: int, n_tensor: Tensor | None) -> Tensor:
+    """Words of the block whose row is n: seed and offset of a new key."""
+    if n_tensor is None:
+        n_tensor = torch.full((), n, dtype=torch.int64, device=key.device)
+    row = (n_tensor.to(torch.int64) & WORD).expand(torch.broadcast_shapes(n_tensor.shape, key.shape[:-1]))
+    words = torch.stack(philox(torch.full_like(row, int(Tag.FOLD_IN) << 24), row, key[..., 1], key[..., 0]), -1)
+    return words[..., 0::2] | (words[..., 1::2] << 32)
 
 
 # --- forward masking ------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def test_defaults():
     config = from_dict(DistillConfig, {"run": RUN})
     assert config == DistillConfig(run=RunConfig("runs/x"))
     method = dataclasses.asdict(config.method)
-    assert (method["r_init"], method["mask_schedule"], method["divergence"]) == (0.8, "arccos", "forward_kl")
+    assert (method["r_init"], method["mask_schedule"], method["divergence"]) == (0.85, "arccos", "forward_kl")
     assert (method["teacher_temperature"], method["student_temperature"]) == (1.0, 1.0)
     assert (config.teacher, config.report.reference) == (TeacherConfig("digits", None), "test")
     assert config.student.learning_rate < config.auxiliary.learning_rate

@@ -23,6 +23,7 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
 
 
 CALLS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
+    "fold_in": lambda x, key: dx.fold_in(key, x["tokens"]),
     "token_divergence": lambda x, key: dx.token_divergence(x["teacher"], x["auxiliary"], "jeffreys:-0.2"),
     "masked_cross_entropy": lambda x, key: dx.masked_cross_entropy(x["student"], x["tokens"]),
     "sample_categorical": lambda x, key: dx.sample_categorical(x["teacher"], top_k=4, key=key).tokens,

@@ -66,6 +66,12 @@ def test_opcheck_mask_tokens(device, bernoulli, transposed):
     torch.library.opcheck(OPERATORS.mask_tokens.default, (tokens, key, 0.5, ratio, -7, bernoulli, 1))
 
 
+def test_opcheck_fold_in(device):
+    for key in (dx.random_key(3, device=device), dx.random_key([3, 4], device=device)):
+        for n in (None, torch.tensor([5, -1], device=device), torch.tensor([[1], [2], [3]], device=device)):
+            torch.library.opcheck(OPERATORS.fold_in.default, (key, 7, n))
+
+
 @pytest.mark.parametrize("seed", [1, [1, 2]])
 def test_opcheck_init_tokens(device, seed):
     torch.library.opcheck(OPERATORS.init_tokens.default, (dx.random_key(seed, device=device), 2, 7, 9, -1, 0.6))
@@ -182,6 +188,7 @@ def test_backends_agree(device):
     key = dx.random_key([*range(8)], 5, device=device)
     tokens = torch.arange(8 * 16, device=device).view(8, 16)
     calls = {
+        "key": lambda: [dx.fold_in(key[0], 9), dx.fold_in(key, 2**32 - 1), dx.fold_in(key, tokens[:, :1] - 20)],
         "mask": lambda: dx.mask_tokens(tokens, 0.4, -1, key=key),
         "bernoulli": lambda: dx.mask_tokens(tokens, 0.4, -1, mode="bernoulli", key=key),
         "init": lambda: [dx.init_tokens(8, 16, vocab_size=1000, mask_id=-1, r_init=0.6, key=key)],

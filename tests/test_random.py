@@ -8,7 +8,8 @@ import scipy.stats
 import torch
 
 import dimo_ext as dx
-from dimo_ext.random import Tag, random_integers, random_uniform, random_words, resolve_key, uniform
+from dimo_ext.philox import Tag, random_words, uniform
+from dimo_ext.random import random_integers, random_uniform, resolve_key
 from tests.conftest import FALSE_ALARM, META, assert_frequencies, assert_independent, assert_rejected
 
 

@@ -20,6 +20,8 @@ enum class OperatorTag : uint32_t {
   sample_categorical = 4,
   perturb_embeddings = 5,
   reveal = 6,
+  uniform = 7,
+  fold_in = 255,
 };
 
 struct RandomKey {
@@ -48,6 +50,13 @@ DIMO_HOST_DEVICE inline Words4 random_words(RandomKey key, OperatorTag tag, uint
   const Words4 counter = {{block | static_cast<uint32_t>(tag) << 24, row, static_cast<uint32_t>(key.offset),
                            static_cast<uint32_t>(key.offset >> 32)}};
   return philox4x32(counter, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
+}
+
+// The key that a key and a number give, independent of the key's own draws and of other numbers.
+DIMO_HOST_DEVICE inline RandomKey folded_key(RandomKey key, int64_t n) {
+  const Words4 words = random_words(key, OperatorTag::fold_in, static_cast<uint32_t>(n), 0);
+  return {words.word[0] | static_cast<uint64_t>(words.word[1]) << 32,
+          words.word[2] | static_cast<uint64_t>(words.word[3]) << 32};
 }
 
 // A uniform id below `count` from one word; the bias is at most count / 2^32.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dimo_ext
-from dimo_ext.random import Tag, random_words, uniform
+from dimo_ext.philox import Tag, random_words, uniform
 
 from .config import SamplingConfig
 from .distill import draw_from_student
