@@ -77,9 +77,12 @@ def test_two_threads_get_what_one_gets(device, name):
     assert all(torch.equal(expected, result) for result in results)
 
 
-def _masks_in_a_child(queue) -> None:
-    torch.set_num_threads(1)  # torch's own pool does not survive a fork
-    queue.put(call("mask_tokens", torch.device("cpu")).tolist())
+# As text, since a spawned child cannot import a test module. Torch's own thread pool does not survive a fork.
+IN_A_CHILD = """
+import torch, dimo_ext
+torch.set_num_threads(1)
+queue.put(dimo_ext.mask_tokens(torch.arange(200).view(2, 100), 0.5, -1, key=dimo_ext.random_key(5)).tokens.tolist())
+"""
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -87,10 +90,11 @@ def _masks_in_a_child(queue) -> None:
 def test_child_processes(method):
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    child = context.Process(target=_masks_in_a_child, args=(queue,))
+    expected = dx.mask_tokens(torch.arange(200).view(2, 100), 0.5, -1, key=dx.random_key(5)).tokens.tolist()
+    child = context.Process(target=exec, args=(IN_A_CHILD, {"queue": queue}))
     child.start()
     try:
-        assert queue.get(timeout=60) == call("mask_tokens", torch.device("cpu")).tolist()
+        assert queue.get(timeout=60) == expected
     finally:
         child.join(timeout=10)
         child.kill()
