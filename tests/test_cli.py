@@ -374,4 +374,4 @@ def test_distilling_into_the_folder_again_refuses_another_setting(chain, capsys)
     arguments = ["--run.output", chain / "run", "--teacher.path", chain / "pre" / "teacher", *RUN]
     assert run("distill", *arguments, "--method.r-init", "0.5") == 2
     err = capsys.readouterr().err
-    assert "method.r_init: 0.8 there, 0.5 now" in err.splitlines()[-1]
+    assert "method.r_init: 0.85 there, 0.5 now" in err.splitlines()[-1]

@@ -415,7 +415,7 @@ def test_another_configuration_in_the_folder_is_refused(tmp_path):
     other = distill_config(tmp_path, {"r_init": 0.5}, seed=3, log_every=2, save_every=2)
     with pytest.raises(ConfigError) as caught:
         run_training(DistillationTrainer(tiny(), other), other)
-    assert "method.r_init: 0.8 there, 0.5 now; run.seed: 0 there, 3 now" in str(caught.value)
+    assert "method.r_init: 0.85 there, 0.5 now; run.seed: 0 there, 3 now" in str(caught.value)
     assert "log_every" not in str(caught.value)
     free = DistillConfig(
         run=run_config(tmp_path, log_every=2, save_every=1, preview_every=3), report=ReportConfig(teacher_steps=(3,))
