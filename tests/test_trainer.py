@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dimo import cli
 from dimo.checkpoint import CheckpointError, read_checkpoint_header
 from dimo.config import (
     ConfigError,
@@ -327,12 +326,20 @@ def command(folder: Path) -> list[str]:
 def straight(tmp_path_factory):
     """The folder of the command run without a stop."""
     folder = tmp_path_factory.mktemp("straight")
-    assert cli.main(command(folder)) == 0
+    assert run_command(folder) == 0
     return folder
+
+
+def run_command(folder: Path) -> int:
+    pytest.importorskip("tyro", reason="the command needs tyro")
+    from dimo import cli
+
+    return cli.main(command(folder))
 
 
 def start_and_signal(folder: Path, number: signal.Signals) -> subprocess.CompletedProcess:
     """Run the command in a process of its own and send a signal once its log has some lines."""
+    pytest.importorskip("tyro", reason="the command needs tyro")
     arguments = [sys.executable, "-W", "ignore", "-m", "dimo.cli", *command(folder)]
     # Not in the source folder, which would stand before the installed package on the path.
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder.parent)
@@ -348,7 +355,7 @@ def start_and_signal(folder: Path, number: signal.Signals) -> subprocess.Complet
 
 def assert_finishes_like(folder: Path, straight: Path) -> None:
     """The same command, once more, ends where the run without a stop ended, and its log has each step once."""
-    assert cli.main(command(folder)) == 0
+    assert run_command(folder) == 0
     assert_same_files(folder, straight)
     weights = [load_file(path / "teacher" / "model.safetensors") for path in (folder, straight)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
