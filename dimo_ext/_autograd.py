@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def needs_gradient(receiver: Tensor) -> bool:
@@ -11,12 +12,20 @@ def needs_gradient(receiver: Tensor) -> bool:
     return torch.is_grad_enabled() and receiver.requires_grad
 
 
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise for forward-mode differentiation (jvp): without a formula its tangents would silently be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("dimo_ext operators have no forward-mode derivative (jvp): use backward()")
+
+
 def register_saved_gradient(name: str, lib: torch.library.Library) -> None:
     """Register the autograd formula of an operator whose backward was computed in its forward.
 
     The first input receives the gradient; the first output is the value ``[...]``, the last one ∂value/∂input
     ``[..., V]`` (empty when it was not asked for). Upstream factors (weight, 1/count, a loss scaler's) are applied in
-    float32, rounded once to the receiver's dtype.
+    float32. The stored gradient has the receiver's dtype, so that half types are rounded there and after scaling.
     """
     torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=lib)
 
@@ -57,6 +66,5 @@ def reduce_tokens(value: Tensor, counted: Tensor | None, reduction: str) -> Tens
         return value
     total = value.sum()
     if reduction == "mean":
-        count = value.numel() if counted is None else counted.sum()
-        return total / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+        return total / (torch.sym_max(value.numel(), 1) if counted is None else counted.sum().clamp(min=1))
     return total / max(value.shape[0], 1) if reduction == "batchmean" else total

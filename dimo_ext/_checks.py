@@ -38,17 +38,20 @@ def check_number(
     """Return ``value`` as a finite float in [low, high], or in (low, high] with ``open_low``."""
     brackets = "(" if open_low else "["
     bounds = "" if math.isinf(low) and math.isinf(high) else f" in {brackets}{low:g}, {high:g}]"
-    require_type(value, (int, float), name, f"a finite number{bounds}")
-    inside = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
-    require(inside, name, f"a finite number{bounds}", value)
+    require_type(value, (int, float, torch.SymFloat), name, f"a finite number{bounds}")
+    # Comparisons alone, so that torch.compile can keep the number symbolic; 2^1023 keeps huge ints out of float().
+    inside = -(2.0**1023) < value < 2.0**1023 and low <= value <= high and not (open_low and value == low)
+    if not inside:
+        require(False, name, f"a finite number{bounds}", value)
     return float(value)
 
 
 def check_integer(value: int, name: str, *, low: int, high: int | None = None) -> int:
     """Return ``value`` if it is an int in [low, high]."""
-    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    require_type(value, int, name, expected)
-    require(value >= low and (high is None or value <= high), name, expected, value)
+    expected = f"an integer >= {low}"
+    require_type(value, (int, torch.SymInt), name, expected)
+    if not (value >= low and (high is None or value <= high)):
+        require(False, name, expected if high is None else f"an integer in [{low}, {high}]", value)
     return value
 
 
@@ -71,7 +74,8 @@ def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
     require(logits.dtype in FLOATS, name, "dtype float32, float16, bfloat16 or float64", logits.dtype, TypeError)
     require(logits.dim() >= 1 and logits.shape[-1] >= 1, name, "shape [..., V] with V >= 1", list(logits.shape))
     if like is not None:
-        require(logits.shape == like.shape, name, f"shape {list(like.shape)}", list(logits.shape))
+        if logits.shape != like.shape:  # formatted on failure alone: a size may be symbolic
+            require(False, name, f"shape {list(like.shape)}", list(logits.shape))
         require(logits.device == like.device, name, f"a tensor on {like.device}", f"one on {logits.device}")
 
 
@@ -95,20 +99,23 @@ def check_logit_values(logits: Tensor, name: str, counted: Tensor | None = None)
 def check_device(device: torch.device | str, name: str = "device") -> torch.device:
     """Return ``device`` with its index, as tensors report it."""
     try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{name}: expected a torch device or its name, got {device!r}") from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        if found.type not in ("cpu", "meta"):
+            torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError):  # AssertionError: torch was built without it
+        raise ValueError(f"{name}: expected a torch device or its name, one of this machine, got {device!r}") from None
+    return found
 
 
 def check_tensor(value: Tensor, name: str, shape: torch.Size, dtypes: tuple[torch.dtype, ...], device: torch.device):
     """Raise unless ``value`` is a tensor of that shape, device and one of those dtypes."""
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    require_type(value, Tensor, name, f"a {names} tensor of shape {list(shape)}")
+    require_type(value, Tensor, name, f"a {names} tensor")
     require(value.dtype in dtypes, name, f"dtype {names}", value.dtype, TypeError)
-    require(value.shape == shape, name, f"shape {list(shape)}", list(value.shape))
+    if value.shape != shape:  # formatted on failure alone: a size may be symbolic
+        require(False, name, f"shape {list(shape)}", list(value.shape))
     require(value.device == device, name, f"a tensor on {device}", f"one on {value.device}")
 
 
@@ -123,7 +130,7 @@ def split_scalar_or_per_sample(
         check_tensor(value, name, torch.Size([batch_size]), FLOATS, device)
         inside = f"finite numbers in [{low:g}, {high:g}]"
         check_values(lambda: torch.isfinite(value) & (value >= low) & (value <= high), name, inside)
-        return 0.0, value.to(torch.float32)
+        return 0.0, value.detach() if value.dtype == torch.float64 else value.detach().to(torch.float32)
     return check_number(value, name, low=low, high=high), None
 
 
@@ -139,5 +146,6 @@ def check_guidance(
         require(unused, "guidance_scale", f"1 without {name}", guidance_scale)
         return 1.0, None
     check_logits(uncond_logits, name, logits)
+    check_logit_values(uncond_logits, name)
     batch = logits.shape[0] if logits.dim() > 1 else 1
     return split_scalar_or_per_sample(guidance_scale, "guidance_scale", batch, logits.device, low=-math.inf)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
+from ._autograd import needs_gradient, reduce_tokens, refuse_forward_mode, register_saved_gradient
 from ._backend import native_kernel
 from ._checks import (
     check_logit_values,
@@ -70,8 +70,9 @@ def masked_cross_entropy(
         logits: ``[..., V]`` float32, float16, bfloat16 or float64; a row of -inf alone counts as masked out.
         targets: int64 ``[...]``; an id outside [0, V) counts as masked out.
         mask: bool ``[...]``, True = counted; None counts all.
-        label_smoothing: ε in [0, 1).
-        reduction: "none", "sum", "mean" (÷ counted tokens) or "batchmean" (sum ÷ B). Nothing counted gives 0.
+        label_smoothing: ε in [0, 1); above 0, a -inf logit makes the loss +inf.
+        reduction: "none", "sum", "mean" (÷ counted tokens) or "batchmean" (sum ÷ B, needs at least 3 dimensions of
+            logits). Nothing counted gives 0.
 
     Returns:
         Scalar, or ``[...]`` for "none"; float32 (float64 for float64 logits).
@@ -87,6 +88,7 @@ def masked_cross_entropy(
     label_smoothing = check_number(label_smoothing, "label_smoothing", low=0.0, high=1.0)
     require(label_smoothing < 1.0, "label_smoothing", "a number in [0, 1)", label_smoothing)
     check_reduction(reduction, logits)
+    refuse_forward_mode(logits)
     value, counted, _ = torch.ops.dimo_ext.masked_cross_entropy(
         logits, targets, mask, label_smoothing, needs_gradient(logits)
     )

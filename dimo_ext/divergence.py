@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import needs_gradient, reduce_tokens, register_saved_gradient
+from ._autograd import needs_gradient, reduce_tokens, refuse_forward_mode, register_saved_gradient
 from ._backend import native_kernel
 from ._checks import (
     FLOATS,
@@ -34,13 +34,13 @@ _LIB.define(
 
 def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     native_kernel("token_divergence", teacher_logits.device)  # under "native": raises while there is no kernel
-    return reference.token_divergence(teacher_logits, *args)
+    return reference.token_divergence(receiver, teacher_logits, *args)
 
 
 def _fake(receiver, teacher_logits, auxiliary_logits, *args):
     precise = torch.float64 in (teacher_logits.dtype, auxiliary_logits.dtype)
     value = teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=torch.float64 if precise else torch.float32)
-    gradient = torch.empty_like(auxiliary_logits) if args[-1] else auxiliary_logits.new_empty(0)
+    gradient = torch.empty_like(receiver) if args[-1] else receiver.new_empty(0)
     return value, value.new_empty((), dtype=torch.int64), gradient
 
 
@@ -84,13 +84,15 @@ def token_divergence(
         teacher_temperature: τ_p > 0.
         auxiliary_temperature: τ_q > 0.
         teacher_log_floor: a number < 0 that bounds log p from below, for divergences that a filtered teacher makes
-            infinite (reverse KL, Neyman χ², α <= 0); p is not renormalised. None = no floor.
+            infinite (reverse KL, Neyman χ², α <= 0); p is not renormalised, and the value is Σ q f(p/q) with f in its
+            non-negative form, f'(1) = 0 (for reverse KL u - 1 - log u). None = no floor.
         mask: bool ``[...]``; False gives value 0 and gradient 0.
         count_zeroed: return ``CountedDivergence(value, zeroed_rows)`` with an int64 scalar on the device; it counts
             when a gradient is computed.
 
     Returns:
-        ``[...]`` float32 (float64 where an input is). A row without a finite logit gives 0; the value is its limit,
+        ``[...]`` float32 (float64 where an input is). A row of -inf alone gives 0 and counts as a token, one with NaN
+        or +inf gives NaN and gradient 0; the value is its limit,
         ±inf included, where p or q vanishes; terms that diverge with opposite signs give +inf. A row whose gradient has
         no limit, or one that the dtype cannot hold, has gradient 0.
 
@@ -167,11 +169,13 @@ def _checked_divergence(
         check_number(auxiliary_temperature, "auxiliary_temperature", low=0.0, open_low=True),
     ]
     if teacher_log_floor is not None:
-        teacher_log_floor = check_number(teacher_log_floor, "teacher_log_floor", high=-1e-3)
+        teacher_log_floor = check_number(teacher_log_floor, "teacher_log_floor", high=0.0)
+        require(teacher_log_floor < 0.0, "teacher_log_floor", "a number < 0", teacher_log_floor)
     if mask is not None:
         check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
     for logits, name in ((teacher, "teacher_logits"), (auxiliary, "auxiliary_logits")):
         check_logit_values(logits, name, mask)
+    refuse_forward_mode(receiver)
     value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
         receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
         None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, teacher_log_floor, mask,

@@ -97,9 +97,10 @@ class Alpha(Divergence):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", check_number(self.alpha, "alpha"))
-        limits = {0.0: "ReverseKL()", 1.0: "ForwardKL()"}
-        if self.alpha in limits:
-            raise ValueError(f"alpha: expected a number other than 0 and 1, got {self.alpha}: use {limits[self.alpha]}")
+        for limit, name in ((0.0, "ReverseKL()"), (1.0, "ForwardKL()")):
+            if abs(self.alpha - limit) < 1e-3:  # nearer, the formula cancels in float32
+                expected = "a number other than 0 and 1, at least 0.001 away from them"
+                raise ValueError(f"alpha: expected {expected}, got {self.alpha}: use {name}")
 
 
 @dataclass(frozen=True)

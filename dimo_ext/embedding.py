@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._autograd import refuse_forward_mode
 from ._backend import native_kernel
 from ._checks import check_logits, check_number, check_tensor, require
 from .random import resolve_key
@@ -66,7 +67,8 @@ def perturb_embeddings(
     if isinstance(scale, Tensor):
         check_tensor(scale, "scale", torch.Size([]), (embeddings.dtype, torch.float32), embeddings.device)
     else:
-        scale = torch.full((), check_number(scale, "scale", low=0.0), device=embeddings.device)
+        scale = torch.full((), check_number(scale, "scale", low=0.0), dtype=torch.float32, device=embeddings.device)
+    refuse_forward_mode(embeddings)
     if sigma == 0.0:
         return embeddings
     key = resolve_key(key, generator, batch_size=embeddings.shape[0], device=embeddings.device)

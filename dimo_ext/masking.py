@@ -97,7 +97,7 @@ def mask_tokens(
 
     Args:
         tokens: int64 ``[B, L]``, or ``[L]`` for one sample; L up to 65,536.
-        mask_ratio: in [0, 1], a float or a ``[B]`` tensor (clamped to [0, 1]; NaN counts as 0).
+        mask_ratio: a float in [0, 1], or a ``[B]`` tensor (its values are clamped to [0, 1]; NaN counts as 0).
         mask_id: the id written; any integer.
         mode: "exact" or "bernoulli".
         min_masked: at least so many positions are masked in each sample.
@@ -117,6 +117,7 @@ def mask_tokens(
     require(rows.shape[1] <= 65536, "tokens", "at most 65536 positions", rows.shape[1])
     batch, device = rows.shape[0], tokens.device
     ratio, per_sample = split_scalar_or_per_sample(mask_ratio, "mask_ratio", batch, device, low=0.0, high=1.0)
+    per_sample = None if per_sample is None else per_sample.to(torch.float32)
     check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
     bernoulli = check_choice(mode, "mode", ("exact", "bernoulli")) == "bernoulli"
     check_integer(min_masked, "min_masked", low=0, high=2**63 - 1)
@@ -159,6 +160,10 @@ def init_tokens(
     check_integer(vocab_size, "vocab_size", low=1, high=2**24)
     check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
     r_init = check_number(r_init, "r_init", low=0.0, high=1.0)
+    if key is not None:
+        require_type(key, Tensor, "key", "an int64 tensor from random_key")
+    if generator is not None:
+        require_type(generator, torch.Generator, "generator", "a torch.Generator or None")
     if device is None:
         device = next((x.device for x in (key, generator) if x is not None), "cpu")
     key = resolve_key(key, generator, batch_size=batch_size, device=check_device(device))

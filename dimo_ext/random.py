@@ -19,7 +19,7 @@ from .philox import WORD, Tag, random_words, uniform
 _INT64_RANGE = (-(2**63), 2**63)
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
-_LIB.define("fold_in(Tensor key, int n, Tensor? n_tensor) -> Tensor")
+_LIB.define("fold_in(Tensor key, SymInt n, Tensor? n_tensor) -> Tensor")
 
 
 def _fold_in(key: Tensor, n: int, n_tensor: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
     """
     check_key(key)
     if not isinstance(n, Tensor):
-        require_type(n, int, "n", "an int or an integer tensor")
+        require_type(n, (int, torch.SymInt), "n", "an int or an integer tensor")
         require(0 <= n <= WORD, "n", "an integer in [0, 2^32)", n)
         return torch.ops.dimo_ext.fold_in(key, n, None)
     integral = not (n.dtype.is_floating_point or n.dtype.is_complex or n.dtype == torch.bool)
@@ -115,9 +115,9 @@ def check_key(key: Tensor, *, batch_size: int | None = None, device: torch.devic
     """Raise unless ``key`` is an int64 ``[2]`` or ``[B, 2]`` tensor on ``device``."""
     require_type(key, Tensor, "key", "an int64 tensor from random_key")
     require(key.dtype == torch.int64, "key", "dtype int64", key.dtype, TypeError)
-    shapes = "[2] or [B, 2]" if batch_size is None else f"[2] or [{batch_size}, 2]"
     fits = key.shape == (2,) or (key.dim() == 2 and key.shape[1] == 2 and batch_size in (None, key.shape[0]))
-    require(fits, "key", f"shape {shapes}", list(key.shape))
+    if not fits:  # formatted on failure alone: a size may be symbolic
+        require(False, "key", f"shape [2] or [{'B' if batch_size is None else batch_size}, 2]", list(key.shape))
     if device is not None:
         require(key.device == device, "key", f"a tensor on {device}", f"one on {key.device}")
 

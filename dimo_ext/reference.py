@@ -131,8 +131,8 @@ def _filtered(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         z = _keep_from(z, z.topk(top_k, -1).values[:, -1:])
     if top_p < 1.0:
         ordered = z.sort(-1, descending=True).values
-        before = ordered.softmax(-1).double().cumsum(-1)
-        crossing = (before < top_p).sum(-1, keepdim=True).clamp(max=z.shape[-1] - 1)
+        mass = (ordered.softmax(-1).double() * 2.0**_WEIGHT_BITS).long().cumsum(-1)
+        crossing = (mass < top_p * mass[:, -1:].double()).sum(-1, keepdim=True).clamp(max=z.shape[-1] - 1)
         z = _keep_from(z, ordered.gather(-1, crossing))
     if min_p > 0.0:
         z = _keep_from(z, z.amax(-1, keepdim=True) + math.log(min_p))
@@ -188,18 +188,18 @@ def masked_cross_entropy(
 
 
 def token_divergence(
-    teacher_logits: Tensor, auxiliary_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
+    receiver: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
     guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
     auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """D_f(teacher ‖ auxiliary) of each token, how many rows' gradients cannot be represented, ∂D/∂auxiliary_logits.
 
-    The gradient has the logits' dtype, and is empty unless needed.
+    The gradient has the dtype and strides of ``receiver``, and is empty unless needed.
     """
     z_p = _guided(teacher_logits, uncond_logits, guidance_scale, guidance_per_sample)
     compute = torch.promote_types(z_p.dtype, _compute_dtype(auxiliary_logits))
     z_p, z_q = z_p.to(compute), auxiliary_logits.to(compute)
-    counted = torch.isfinite(z_p.amax(-1)) & torch.isfinite(z_q.amax(-1))
+    counted = (z_p.amax(-1) != -math.inf) & (z_q.amax(-1) != -math.inf)
     counted = counted if mask is None else counted & mask
     log_p, log_q = _log_softmax(z_p, teacher_temperature), _log_softmax(z_q, auxiliary_temperature)
     if teacher_log_floor is not None:  # ids that neither side knows stay out
@@ -207,10 +207,10 @@ def token_divergence(
     value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q)
     value = torch.where(counted, value, 0.0)
     if not need_gradient:
-        return value, value.new_zeros((), dtype=torch.int64), auxiliary_logits.new_empty(0)
+        return value, value.new_zeros((), dtype=torch.int64), receiver.new_empty(0)
     gradient = (pull - log_q.exp() * pull.sum(-1, keepdim=True)) / auxiliary_temperature
-    stored = torch.empty_like(auxiliary_logits).copy_(gradient)
-    usable = torch.isfinite(stored).all(-1)
+    stored = torch.empty_like(receiver).copy_(gradient)
+    usable = torch.isfinite(stored).all(-1) & ~value.isnan()
     return value, (counted & ~usable).sum(), _zero_rows(stored, counted & usable)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dimo_ext as dx
 from dimo_ext import _backend, _checks
+from dimo_ext.random import random_integers
 from tests.conftest import assert_close
 
 
@@ -129,6 +130,81 @@ def test_export(device, name):
     arguments = (inputs(device), dx.random_key(5, device=device))
     program = torch.export.export(Module(), arguments)
     assert torch.equal(program.module()(*arguments), call(name, device))
+
+
+def whole_step(x, ratio, temperature, n, key):
+    """Every operator once, with scalars that change from call to call."""
+    key = dx.fold_in(key, n)
+    start = dx.init_tokens(x.shape[0], x.shape[1], vocab_size=7, mask_id=7, r_init=ratio, key=key)
+    drawn = dx.sample_categorical(dx.perturb_embeddings(x, 0.3, key=key), temperature=temperature, top_p=0.9, key=key)
+    masked = dx.mask_tokens(drawn.tokens + 0 * start, ratio, 7, key=key)
+    loss = dx.distribution_matching_loss(
+        x, x + 1, x.cos(), "jeffreys:0.3", mask=masked.mask, auxiliary_temperature=temperature, reduction="mean"
+    )
+    return loss + dx.masked_cross_entropy(x, drawn.tokens, masked.mask, label_smoothing=ratio / 10)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_once_for_all_sizes_and_scalars(device, dynamic):
+    """New batch sizes and step numbers must not run into the recompilation limit; a float recompiles once a value."""
+    torch.compiler.reset()
+    compiled = torch.compile(whole_step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    key = dx.random_key(5, device=device)
+    for n in range(12):
+        x = torch.randn(2 + n, 3, 7, generator=torch.Generator().manual_seed(n)).to(device)
+        arguments = (x, (0.2, 0.6)[n % 2], (0.5, 1.5)[n % 2], n, key)
+        assert_close(compiled(*arguments), whole_step(*arguments))
+
+
+def test_export_with_a_dynamic_batch(device):
+    class Module(torch.nn.Module):
+        def forward(self, x, key):
+            return whole_step(x, 0.5, 1.0, 3, key)
+
+    key = dx.random_key(5, device=device)
+    batch = {0: torch.export.Dim("batch", min=2)}
+    x = torch.randn(3, 3, 7, device=device)
+    program = torch.export.export(Module(), (x, key), dynamic_shapes=(batch, None))
+    other = torch.randn(5, 3, 7, device=device)
+    assert_close(program.module()(other, key), Module()(other, key))
+
+
+@pytest.mark.parametrize("name", ["token_divergence", "masked_cross_entropy", "perturb_embeddings"])
+def test_forward_mode_is_refused(device, name):
+    """Without a formula the tangents would silently be zero."""
+    x, key = inputs(device), dx.random_key(5, device=device)
+    target = {"token_divergence": "auxiliary"}.get(name, "student")
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda z: CALLS[name](x | {target: z}, key), (x[target],), (torch.ones_like(x[target]),))
+
+
+# --- the draws are part of the contract: values that no later version may change --------------------------------------
+
+KEY_12 = (1, 2)
+KNOWN_DRAWS = {
+    "fold_in": [-8200629057115953869, -7815700616092848060],
+    "init_tokens": [20, 5, -1, -1, 60, 29, 48, 23],
+    "mask_tokens": [-1, -1, -1, -1, 4, 5, 6, 7],
+    "sample_categorical": [488, 478, 415, 337],
+    "perturb_embeddings": [-0.0496, 0.3029, -1.4616, 1.0193],
+    "random_integers": [250, 698, 603, 948],
+}
+
+
+def test_known_draws(device):
+    key = dx.random_key(*KEY_12, device=device)
+    logits = torch.linspace(-2, 2, 600, device=device).repeat(1, 4, 1)
+    drawn = {
+        "fold_in": dx.fold_in(key, 7).tolist(),
+        "init_tokens": dx.init_tokens(1, 8, vocab_size=100, mask_id=-1, r_init=0.25, key=key)[0].tolist(),
+        "mask_tokens": dx.mask_tokens(torch.arange(8, device=device), 0.5, -1, key=key).tokens.tolist(),
+        "sample_categorical": dx.sample_categorical(logits, key=key).tokens[0].tolist(),
+        "perturb_embeddings": [
+            round(v, 4) for v in dx.perturb_embeddings(torch.zeros(1, 4, device=device), 1.0, key=key)[0].tolist()
+        ],
+        "random_integers": random_integers(key, 4, 1000).tolist(),
+    }
+    assert drawn == KNOWN_DRAWS
 
 
 def test_inductor(device):

@@ -33,7 +33,18 @@ class Tiny(torch.nn.Module):
 def test_the_training_step_of_the_readme():
     """Student and auxiliary get gradients, the teacher gets none."""
     networks = {name: Tiny(12) for name in ("student", "teacher", "auxiliary")}
-    names = {"torch": torch, "B": 4, "L": 9, "V": 12, "seed": 0, "step": 3, "ratio": 0.5, "y": None, "null": None}
+    names = {
+        "torch": torch,
+        "B": 4,
+        "L": 9,
+        "V": 12,
+        "seed": 0,
+        "step": 3,
+        "device": "cpu",
+        "ratio": 0.5,
+        "y": None,
+        "null": None,
+    }
     exec(compile(SNIPPETS[0], "README.md", "exec"), names | networks)
     moved = {name: network.table.weight.grad is not None for name, network in networks.items()}
     assert moved == {"student": True, "teacher": False, "auxiliary": True}

@@ -37,6 +37,7 @@ DeviceGuard::DeviceGuard(int device) {
   if (error_ != 0 || previous_ == device) return;
   error_ = cudaSetDevice(device);
   switched_ = error_ == 0;
+  if (!switched_) cudaGetLastError();  // a failure must not surface at the next launch
 }
 
 DeviceGuard::~DeviceGuard() {
