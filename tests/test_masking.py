@@ -387,3 +387,40 @@ def test_key_and_generator_together_are_rejected(device):
     ]
     for call in calls:
         assert_rejected(call, "generator", "None when a key is given", "both")
+
+
+# --- native against the reference -----------------------------------------------------------------------------------
+
+lengths = st.integers(0, 70) | st.sampled_from([255, 256, 257, 1023, 4097, 65536])
+ratios = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0, 2.0**-33])
+numbers = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(
+    st.integers(0, 4),
+    lengths,
+    ratios,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 70),
+    numbers,
+    numbers,
+)
+@example(3, 65536, 0.5, False, True, True, 1, -1, 2**40)
+def test_backends_are_bit_equal(device, batch, length, ratio, bernoulli, per_sample, own_keys, least, seed, offset):
+    """Whatever serves mask_tokens and init_tokens on this device gives the reference's very integers."""
+    seeds = [(seed + b) % 2**64 for b in range(max(batch, 1))]
+    key = dx.random_key(seeds if own_keys and batch else seed, offset, device=device)
+    tokens = torch.arange(batch * length, device=device).view(batch, length)
+    mode = "bernoulli" if bernoulli else "exact"
+    share = torch.tensor([ratio, nan, 1.5, -1.0][:batch], device=device) if per_sample else ratio
+
+    def draws():
+        masked = dx.mask_tokens(tokens, share, -7, mode=mode, min_masked=least, key=key)
+        return *masked, dx.init_tokens(batch, length, vocab_size=length + 1, mask_id=-7, r_init=ratio, key=key)
+
+    served = draws()
+    with dx.use_backend("reference"):
+        expected = draws()
+    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
