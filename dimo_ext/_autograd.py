@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 
 def needs_gradient(receiver: Tensor) -> bool:
     """Whether a backward pass can reach ``receiver``: only then is its gradient computed."""
+    if not torch.compiler.is_compiling():
+        while not receiver.requires_grad and functorch.is_functorch_wrapped_tensor(receiver):  # vmap hides it
+            receiver = functorch.get_unwrapped(receiver)
     return torch.is_grad_enabled() and receiver.requires_grad
 
 
@@ -20,51 +24,80 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         raise RuntimeError("dimo_ext operators have no forward-mode derivative (jvp): use backward()")
 
 
+def value_dtype(*logits: Tensor) -> torch.dtype:
+    """Return the dtype of values: float64 where an input has it, else float32."""
+    return torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
+
+
+def token_factor(
+    logits: Tensor, counted: Tensor | None, weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> Tensor | None:
+    """Return weight ÷ count: what multiplies each token's value and gradient, ``[...]`` or a scalar; None = 1.
+
+    The tokens are the rows of ``logits``; ``counted`` None counts them all. ``dtype`` is that of the values.
+    """
+    shape = logits.shape[:-1]
+    if weight is not None and counted is not None:
+        weight = torch.where(counted, weight, 0.0)
+    if reduction in ("none", "sum"):
+        return weight
+    factor = torch.ones((), dtype=dtype, device=logits.device) if weight is None else weight
+    if reduction == "batchmean":
+        return factor / max(shape[0], 1)
+    return factor / (torch.sym_max(shape.numel(), 1) if counted is None else counted.sum().clamp(min=1))
+
+
 def register_saved_gradient(name: str, lib: torch.library.Library) -> None:
     """Register the autograd formula of an operator whose backward was computed in its forward.
 
-    The first input receives the gradient; the first output is the value ``[...]``, the last one ∂value/∂input
-    ``[..., V]`` (empty when it was not asked for). Upstream factors (weight, 1/count, a loss scaler's) are applied in
-    float32. The stored gradient has the receiver's dtype, so that half types are rounded there and after scaling.
+    The first input receives the gradient. The last three are ``factor``, which multiplies each token's value and
+    gradient, ``reduce`` (the value is a sum) and ``need_gradient``. The first output is the value, the last one
+    factor · ∂value/∂input ``[..., V]`` in the receiver's dtype. float16 stores it without the factor, which backward
+    applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
     torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=lib)
 
 
+def factor_in_forward(receiver: Tensor, factor: Tensor | None) -> Tensor | None:
+    """Return the factor that the stored gradient of ``receiver`` includes."""
+    return None if receiver.dtype == torch.float16 else factor
+
+
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[-1])
-    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+    factor, _, ctx.available = inputs[-3:]
+    ctx.save_for_backward(output[-1], factor if inputs[0].dtype == torch.float16 else None)
+    ctx.inputs = len(inputs)
 
 
 def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
+    gradient, factor = ctx.saved_tensors
     if upstream is None:
         return (None,) * ctx.inputs
-    if gradient.dim() != upstream.dim() + 1:
+    if not ctx.available:
         raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
-    return _Scale.apply(gradient, upstream, ctx.dtype), *[None] * (ctx.inputs - 1)
+    return _Scale.apply(gradient, upstream, factor), *[None] * (ctx.inputs - 1)
 
 
 class _Scale(torch.autograd.Function):
     """gradient × upstream; its own derivative is refused, since the operator keeps only its first one."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-        compute = torch.promote_types(upstream.dtype, gradient.dtype)
-        scaled = gradient.to(compute) * upstream[..., None].to(compute)
+    def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+        if factor is None and _is_one(upstream):
+            return gradient.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else gradient
+        upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
+        upstream = upstream if factor is None else upstream * factor
+        scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
         # A masked-out row may meet an infinite upstream: its gradient stays exactly zero.
-        return torch.where(gradient == 0, 0.0, scaled).to(dtype)
+        return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
 
     @staticmethod
     def backward(ctx, *_: Tensor):
         raise RuntimeError("dimo_ext operators are once differentiable: no gradient of a gradient (create_graph=True)")
 
 
-def reduce_tokens(value: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    """Reduce per-token values: "none", "sum", "mean" (÷ counted tokens) or "batchmean" (÷ batch); nothing gives 0."""
-    if reduction == "none":
-        return value
-    total = value.sum()
-    if reduction == "mean":
-        return total / (torch.sym_max(value.numel(), 1) if counted is None else counted.sum().clamp(min=1))
-    return total / max(value.shape[0], 1) if reduction == "batchmean" else total
+def _is_one(upstream: Tensor) -> bool:
+    """Whether the upstream gradient is known to be 1 without waiting for a device: plain ``loss.backward()``."""
+    plain = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and upstream.dim() == 0 and upstream.item() == 1.0

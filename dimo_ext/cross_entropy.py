@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import needs_gradient, reduce_tokens, refuse_forward_mode, register_saved_gradient
+from ._autograd import needs_gradient, refuse_forward_mode, register_saved_gradient, token_factor, value_dtype
 from ._backend import native_kernel
 from ._checks import (
     check_logit_values,
@@ -20,22 +20,19 @@ from ._checks import (
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
-    "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? mask, float label_smoothing, bool need_gradient) "
-    "-> (Tensor, Tensor, Tensor)"
+    "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? mask, float label_smoothing, Tensor? factor, "
+    "bool reduce, bool need_gradient) -> (Tensor, Tensor)"
 )
 
 
-def _masked_cross_entropy(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def _masked_cross_entropy(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
     native_kernel("masked_cross_entropy", logits.device)  # under "native": raises while there is no kernel
-    value, counted, gradient = reference.masked_cross_entropy(logits, *args)
-    return value.contiguous(), counted.contiguous(), gradient
+    return reference.masked_cross_entropy(logits, *args)
 
 
-def _fake(logits, targets, mask, label_smoothing, need_gradient):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    value = logits.new_empty(logits.shape[:-1], dtype=dtype)
-    counted = torch.empty_like(value, dtype=torch.bool)
-    return value, counted, torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+def _fake(logits, targets, mask, label_smoothing, factor, reduce, need_gradient):
+    value = logits.new_empty(() if reduce else logits.shape[:-1], dtype=value_dtype(logits))
+    return value, torch.empty_like(logits) if need_gradient else logits.new_empty(0)
 
 
 for _device in ("CPU", "CUDA"):
@@ -67,7 +64,8 @@ def masked_cross_entropy(
     Per token: -(1-ε) log q_y - ε/V Σ_v log q_v; gradient softmax(logits) - (1-ε)·onehot - ε/V.
 
     Args:
-        logits: ``[..., V]`` float32, float16, bfloat16 or float64; a row of -inf alone counts as masked out.
+        logits: ``[..., V]`` float32, float16, bfloat16 or float64. A row of -inf alone gives loss and gradient 0 and
+            counts as a token.
         targets: int64 ``[...]``; an id outside [0, V) counts as masked out.
         mask: bool ``[...]``, True = counted; None counts all.
         label_smoothing: ε in [0, 1); above 0, a -inf logit makes the loss +inf.
@@ -79,6 +77,13 @@ def masked_cross_entropy(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> logits, targets = torch.zeros(2, 4, requires_grad=True), torch.tensor([3, 0])
+        >>> loss = masked_cross_entropy(logits, targets, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> f"{loss:.4f}", logits.grad.tolist()
+        ('1.3863', [[0.25, 0.25, 0.25, -0.75], [0.0, 0.0, 0.0, 0.0]])
     """
     check_logits(logits, "logits")
     check_tensor(targets, "targets", logits.shape[:-1], (torch.int64,), logits.device)
@@ -89,7 +94,11 @@ def masked_cross_entropy(
     require(label_smoothing < 1.0, "label_smoothing", "a number in [0, 1)", label_smoothing)
     check_reduction(reduction, logits)
     refuse_forward_mode(logits)
-    value, counted, _ = torch.ops.dimo_ext.masked_cross_entropy(
-        logits, targets, mask, label_smoothing, needs_gradient(logits)
-    )
-    return reduce_tokens(value, counted, reduction)
+    counted = None
+    if reduction == "mean":
+        counted = (targets >= 0) & (targets < logits.shape[-1])
+        counted = counted if mask is None else counted & mask
+    factor = token_factor(logits, counted, None, reduction, value_dtype(logits))
+    return torch.ops.dimo_ext.masked_cross_entropy(
+        logits, targets, mask, label_smoothing, factor, reduction != "none", needs_gradient(logits)
+    )[0]

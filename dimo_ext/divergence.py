@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import needs_gradient, reduce_tokens, refuse_forward_mode, register_saved_gradient
+from ._autograd import needs_gradient, refuse_forward_mode, register_saved_gradient, token_factor, value_dtype
 from ._backend import native_kernel
 from ._checks import (
     FLOATS,
@@ -27,8 +27,8 @@ _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
     "token_divergence(Tensor receiver, Tensor teacher_logits, Tensor auxiliary_logits, str divergence, "
     "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, "
-    "float auxiliary_temperature, float? teacher_log_floor, Tensor? mask, bool need_gradient) "
-    "-> (Tensor, Tensor, Tensor)"
+    "float auxiliary_temperature, float? teacher_log_floor, Tensor? mask, Tensor? factor, bool reduce, "
+    "bool need_gradient) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -38,9 +38,10 @@ def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[
 
 
 def _fake(receiver, teacher_logits, auxiliary_logits, *args):
-    precise = torch.float64 in (teacher_logits.dtype, auxiliary_logits.dtype)
-    value = teacher_logits.new_empty(teacher_logits.shape[:-1], dtype=torch.float64 if precise else torch.float32)
-    gradient = torch.empty_like(receiver) if args[-1] else receiver.new_empty(0)
+    reduce, need_gradient = args[-2:]
+    shape = () if reduce else teacher_logits.shape[:-1]
+    value = teacher_logits.new_empty(shape, dtype=value_dtype(teacher_logits, auxiliary_logits))
+    gradient = torch.empty_like(receiver) if need_gradient else receiver.new_empty(0)
     return value, value.new_empty((), dtype=torch.int64), gradient
 
 
@@ -98,6 +99,16 @@ def token_divergence(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+        >>> auxiliary = torch.zeros(2, 2, requires_grad=True)
+        >>> value = token_divergence(teacher, auxiliary, "forward_kl")
+        >>> [f"{x:.4f}" for x in value.tolist()]
+        ['0.0000', '0.6931']
+        >>> value.sum().backward()
+        >>> auxiliary.grad.tolist()
+        [[0.0, 0.0], [-0.5, 0.5]]
     """
     result = _checked_divergence(
         auxiliary_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
@@ -141,25 +152,29 @@ def distribution_matching_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> student = torch.zeros(1, 2, 3, requires_grad=True)  # [B, L, V]
+        >>> teacher, auxiliary = torch.tensor([[[0.0, 1.0, 2.0]] * 2]), torch.zeros(1, 2, 3)
+        >>> mask = torch.tensor([[True, False]])
+        >>> loss = distribution_matching_loss(student, teacher, auxiliary, "jeffreys:-0.2", mask=mask)
+        >>> loss.backward()
+        >>> f"{loss:.3f}", student.grad[0, 1].tolist()
+        ('0.258', [0.0, 0.0, 0.0])
     """
     check_logits(student_logits, "student_logits")
     check_logits(teacher_logits, "teacher_logits", student_logits)
     check_reduction(reduction, student_logits)
-    value, zeroed_rows = _checked_divergence(
+    result = _checked_divergence(
         student_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
-        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, weight, reduction,
     )  # fmt: skip
-    if weight is not None:
-        weight = _per_token(weight, value)
-        weight = weight if mask is None else torch.where(mask, weight, 0.0)
-        value = value.masked_fill(weight == 0, 0.0) * weight  # 0 wins over an infinite value or weight
-    loss = reduce_tokens(value, mask, reduction)
-    return CountedDivergence(loss, zeroed_rows) if count_zeroed else loss
+    return result if count_zeroed else result.value
 
 
 def _checked_divergence(
     receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
-    teacher_log_floor, mask,
+    teacher_log_floor, mask, weight=None, reduction="none",
 ) -> CountedDivergence:  # fmt: skip
     check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
@@ -175,20 +190,25 @@ def _checked_divergence(
         check_tensor(mask, "mask", teacher.shape[:-1], (torch.bool,), teacher.device)
     for logits, name in ((teacher, "teacher_logits"), (auxiliary, "auxiliary_logits")):
         check_logit_values(logits, name, mask)
+    dtype = value_dtype(teacher, auxiliary)
+    weight = None if weight is None else _per_token(weight, teacher, dtype)
+    factor = token_factor(teacher, mask, weight, reduction, dtype)
     refuse_forward_mode(receiver)
     value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
         receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
         None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, teacher_log_floor, mask,
-        needs_gradient(receiver),
+        factor, reduction != "none", needs_gradient(receiver),
     )  # fmt: skip
     return CountedDivergence(value, zeroed_rows)
 
 
-def _per_token(weight: Tensor, value: Tensor) -> Tensor:
-    shapes = [value.shape[:1], value.shape]
+def _per_token(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = logits.shape[:-1]
+    shapes = [shape[:1], shape]
     given = list(weight.shape) if isinstance(weight, Tensor) else weight
     fits = isinstance(weight, Tensor) and weight.shape in shapes
     require(fits, "weight", f"a tensor of shape {list(shapes[0])} or {list(shapes[1])}", given)
-    check_tensor(weight, "weight", weight.shape, FLOATS, value.device)
+    check_tensor(weight, "weight", weight.shape, FLOATS, logits.device)
     check_values(lambda: torch.isfinite(weight), "weight", "finite numbers")
-    return weight.detach().to(value.dtype).view(*weight.shape, *[1] * (value.dim() - weight.dim()))
+    per_sample = weight.detach().to(dtype).view(*weight.shape, *[1] * (len(shape) - weight.dim()))
+    return per_sample.expand(shape)

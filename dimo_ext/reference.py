@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import divergences as names
+from ._autograd import factor_in_forward
 from .philox import WORD, Tag, philox, random_words, uniform
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
@@ -163,9 +164,10 @@ def perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Ten
 
 
 def masked_cross_entropy(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float, need_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token cross-entropy, which tokens count, and ∂/∂logits (empty unless needed)."""
+    logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float, factor: Tensor | None, reduce: bool,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cross-entropy of each token times factor, or their sum, and its gradient (see _autograd.py)."""
     vocab = logits.shape[-1]
     z = logits.to(_compute_dtype(logits))
     counted = (targets >= 0) & (targets < vocab) & (z.amax(-1) != -math.inf)
@@ -175,13 +177,13 @@ def masked_cross_entropy(
     value = -(1.0 - label_smoothing) * log_probs.gather(-1, index)[..., 0]
     if label_smoothing > 0.0:
         value = value - label_smoothing * log_probs.mean(-1)
-    value = torch.where(counted, value, 0.0)
+    value = _weighted(torch.where(counted, value, 0.0), factor, reduce)
     if not need_gradient:
-        return value, counted, logits.new_empty(0)
+        return value, logits.new_empty(0)
     gradient = log_probs.exp() - label_smoothing / vocab
     gradient.scatter_add_(-1, index, torch.full_like(gradient[..., :1], label_smoothing - 1.0))
-    stored = torch.empty_like(logits).copy_(gradient)
-    return value, counted, _zero_rows(stored, counted & torch.isfinite(stored).all(-1))
+    stored, _ = _stored(logits, gradient, factor, counted)
+    return value, stored
 
 
 # --- token-level f-divergence ---------------------------------------------------------------------------------------
@@ -190,11 +192,11 @@ def masked_cross_entropy(
 def token_divergence(
     receiver: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
     guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
-    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, need_gradient: bool,
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
+    reduce: bool, need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """D_f(teacher ‖ auxiliary) of each token, how many rows' gradients cannot be represented, ∂D/∂auxiliary_logits.
-
-    The gradient has the dtype and strides of ``receiver``, and is empty unless needed.
+    """D_f(teacher ‖ auxiliary) of each token times factor, or their sum; how many gradients cannot be represented;
+    factor · ∂D/∂auxiliary_logits (see _autograd.py).
     """
     z_p = _guided(teacher_logits, uncond_logits, guidance_scale, guidance_per_sample)
     compute = torch.promote_types(z_p.dtype, _compute_dtype(auxiliary_logits))
@@ -206,12 +208,13 @@ def token_divergence(
         log_p = log_p.clamp(min=teacher_log_floor).where((log_p > -math.inf) | (log_q > -math.inf), -math.inf)
     value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q)
     value = torch.where(counted, value, 0.0)
+    loss = _weighted(value, factor, reduce)
     if not need_gradient:
-        return value, value.new_zeros((), dtype=torch.int64), receiver.new_empty(0)
+        return loss, value.new_zeros((), dtype=torch.int64), receiver.new_empty(0)
     gradient = (pull - log_q.exp() * pull.sum(-1, keepdim=True)) / auxiliary_temperature
-    stored = torch.empty_like(receiver).copy_(gradient)
-    usable = torch.isfinite(stored).all(-1) & ~value.isnan()
-    return value, (counted & ~usable).sum(), _zero_rows(stored, counted & usable)
+    gradient = gradient.masked_fill(value.isnan()[..., None], math.nan)  # a diverged row has no gradient
+    stored, zeroed = _stored(receiver, gradient, factor, counted)
+    return loss, zeroed.sum(), stored
 
 
 def divergence_terms(divergence: names.Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -416,6 +419,25 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return (z - z.logsumexp(-1, keepdim=True)).masked_fill(z == -math.inf, -math.inf)
 
 
-def _zero_rows(gradient: Tensor, keep: Tensor) -> Tensor:
-    """Zero the rows that are not counted or hold what the dtype cannot represent."""
-    return gradient.masked_fill_(~keep[..., None], 0.0)
+# --- factor and storage ---------------------------------------------------------------------------------------------
+
+
+def _weighted(value: Tensor, factor: Tensor | None, reduce: bool) -> Tensor:
+    """Value × factor, summed if asked for; a factor of 0 wins over an infinite value."""
+    if factor is not None:
+        value = value.masked_fill(factor == 0, 0.0) * factor
+    return value.sum() if reduce else value.contiguous()
+
+
+def _stored(receiver: Tensor, gradient: Tensor, factor: Tensor | None, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factor · gradient in the dtype and strides of ``receiver``, and which counted rows it cannot hold.
+
+    Rows that are not counted, or cannot be held, are 0.
+    """
+    factor = factor_in_forward(receiver, factor)
+    if factor is not None:
+        gradient = gradient * factor[..., None]
+        counted = counted & (factor != 0)
+    stored = torch.empty_like(receiver).copy_(gradient)
+    usable = torch.isfinite(stored).all(-1)
+    return stored.masked_fill_(~(counted & usable)[..., None], 0.0), counted & ~usable
