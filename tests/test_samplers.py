@@ -11,7 +11,7 @@ import torch
 import dimo_ext
 from dimo.config import MethodConfig, SamplingConfig
 from dimo.generator import labels_per_class, sample_keys
-from dimo.samplers import sample_ancestral, sample_confident, sample_one_step
+from dimo.samplers import ancestral_states, sample_ancestral, sample_confident, sample_few_steps, sample_one_step
 from dimo.schedules import sampling_ratios
 from dimo.teachers import DigitsTeacher, MaskGITTeacher
 
@@ -105,6 +105,16 @@ def test_ancestral_reveals_are_binomial(schedule):
     assert masked[-1] == 0
 
 
+def test_ancestral_states_start_masked_and_end_in_the_samples():
+    model, labels = TableModel(random_table()), torch.arange(10)
+    states = list(ancestral_states(model, labels, steps=6, guidance_scale=1.5, key=KEY))
+    assert len(states) == 7
+    assert (states[0] == VOCAB).all()
+    assert all(torch.equal(state, seen[:10]) for state, seen in zip(states, model.inputs, strict=False))
+    assert torch.equal(states[-1], sample_ancestral(model, labels, steps=6, guidance_scale=1.5, key=KEY))
+    assert not any(state.requires_grad for state in states)
+
+
 def test_ancestral_counts_vary_between_samples():
     """The number revealed is random, not fixed as in the confident sampler."""
     model = TableModel(random_table())
@@ -154,6 +164,43 @@ def test_choice_noise_changes_the_order_and_fades():
     sample_confident(model, labels, steps=2, mask_schedule="linear", choice_temperature=1e6, key=KEY)
     shown = (model.inputs[1] != vocab).double().mean(0)
     assert (shown - 0.5).abs().max() < 4.5 * 0.5 / 20  # each position in half of the 400 samples
+
+
+# --- few steps of a student -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "arccos"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_few_steps_mask_the_schedules_share_again_and_keep_the_rest(steps, schedule):
+    model, labels = TableModel(random_table()), labels_per_class(CLASSES, 2)
+    tokens = sample_few_steps(model, labels, MethodConfig(), steps=steps, mask_schedule=schedule, key=KEY)
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+    ratios = sampling_ratios(schedule, steps)
+    assert len(model.inputs) == steps
+    for step in range(1, steps):
+        assert ((model.inputs[step] == VOCAB).sum(-1) == round(ratios[step].item() * LENGTH)).all()
+        assert (model.ratios[step] == ratios[step].float()).all()
+    if steps > 1:
+        kept = model.inputs[-1] != VOCAB
+        assert torch.equal(tokens[kept], model.inputs[-1][kept])
+
+
+def test_few_steps_start_from_the_one_step_sample(network):
+    """One step is that sample; in two, the tokens left unmasked are its own, and others are drawn again."""
+    labels, sampling = labels_per_class(10, 2), SamplingConfig()
+    first = sample_one_step(network, labels, sampling, key=KEY)
+    assert torch.equal(sample_few_steps(network, labels, sampling, steps=1, key=KEY), first)
+    second = sample_few_steps(network, labels, sampling, steps=2, mask_schedule="linear", key=KEY)
+    changed = (second != first).sum(-1)
+    assert (changed <= LENGTH // 2).all()
+    assert changed.sum() > 100
+
+
+def test_few_steps_reproduce_independent_tokens():
+    model = TableModel(0.7 * random_table(classes=2, length=4, vocab=5))
+    sampling = SamplingConfig(student_temperature=1.5)
+    tokens = sample_few_steps(model, torch.ones(6000, dtype=torch.int64), sampling, steps=3, key=KEY)
+    assert_independent(tokens, (model.table[1] / 1.5).softmax(-1))
 
 
 # --- distributions --------------------------------------------------------------------------------------------------
@@ -229,6 +276,7 @@ def test_confident_refuses_temperature_0():
 
 DRAWS = {
     "one_step": lambda model, labels, key: sample_one_step(model, labels, MethodConfig(), key=key),
+    "few_steps": lambda model, labels, key: sample_few_steps(model, labels, MethodConfig(), steps=3, key=key),
     "ancestral": lambda model, labels, key: sample_ancestral(model, labels, steps=5, guidance_scale=1.5, key=key),
     "confident": lambda model, labels, key: sample_confident(model, labels, steps=5, key=key),
 }

@@ -90,8 +90,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; raises ValueError for NaN and infinities."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON, a list of numbers on one line, atomically.
+
+    Raises ValueError for NaN and infinities.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # A string holds no line break, so this meets no string.
+    write_text(path, re.sub(r"\[\n([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def prepare_output(folder: str | os.PathLike, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> Path:

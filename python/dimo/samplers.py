@@ -6,6 +6,9 @@ then a sample does not depend on the batch that it is drawn in.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,9 +30,44 @@ def sample_one_step(student: Teacher, condition: Condition, sampling: SamplingCo
         student: the distilled model.
         condition: a pytree with leading batch dimension B.
         sampling: r_init, embedding noise and temperature, those that it was trained with (a MethodConfig is one).
-        key: see the module's docstring.
+        key: int64 ``[2]``, or ``[B, 2]`` with one key a sample, from :func:`dimo_ext.random_key`.
     """
     return draw_from_student(student, condition, sampling, key).tokens
+
+
+@torch.no_grad()
+def sample_few_steps(
+    student: Teacher,
+    condition: Condition,
+    sampling: SamplingConfig,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    key: Tensor,
+) -> Tensor:
+    """Refine a one-step sample: mask part of it again, let the student draw that part anew, less of it each time.
+
+    Step 0 is :func:`sample_one_step`. Step k masks round(r·L) tokens, r the schedule's ratio at time 1 - k/steps, and
+    draws each of them from the student's logits at the tokens that are left. It is the distillation's own forward
+    process, and the multi-step sampling of consistency models (arXiv 2303.01469, Algorithm 1) with masks as noise; the
+    embedding noise is for step 0 alone. A student that was distilled for one step need not gain by more of them.
+
+    Args:
+        student: the distilled model.
+        condition: a pytree with leading batch dimension B.
+        sampling: as in :func:`sample_one_step`; the temperature holds for every step.
+        steps: network evaluations; 1 is :func:`sample_one_step`.
+        mask_schedule: gives r at times from 1 to 0; see :mod:`dimo.schedules`.
+        key: int64 ``[2]``, or ``[B, 2]`` with one key a sample, from :func:`dimo_ext.random_key`.
+    """
+    ratios = sampling_ratios(mask_schedule, steps)
+    tokens = sample_one_step(student, condition, sampling, key=key)
+    for step in range(1, steps):
+        ratio, step_key = ratios[step].item(), dimo_ext.fold_in(key, 2 + step)  # 0 to 2 are the first step's
+        masked = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=step_key)
+        drawn = _draw(student, masked.tokens, condition, ratio, 1.0, sampling.student_temperature, step_key).tokens
+        tokens = torch.where(masked.mask, drawn, tokens)
+    return tokens
 
 
 @torch.no_grad()
@@ -52,10 +90,33 @@ def sample_ancestral(
         mask_schedule: gives r at times from 1 to 0; see :mod:`dimo.schedules`.
         guidance_scale: classifier-free guidance, 1 = off.
         temperature: divides the logits, >= 0.
-        key: see the module's docstring.
+        key: int64 ``[2]``, or ``[B, 2]`` with one key a sample, from :func:`dimo_ext.random_key`.
+    """
+    states = ancestral_states(
+        model, condition, steps=steps, mask_schedule=mask_schedule, guidance_scale=guidance_scale,
+        temperature=temperature, key=key,
+    )  # fmt: skip
+    return deque(states, maxlen=1).pop()
+
+
+@torch.no_grad()
+def ancestral_states(
+    model: Teacher,
+    condition: Condition,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    key: Tensor,
+) -> Iterator[Tensor]:
+    """Yield the tokens int64 ``[B, L]`` of :func:`sample_ancestral` before the first step and after each one.
+
+    The first state is all [MASK], the last one holds none.
     """
     ratios = sampling_ratios(mask_schedule, steps)
     tokens, batch = _all_masked(model, condition), condition_size(condition)
+    yield tokens
     for step in range(steps):
         r_t, r_s = ratios[step].item(), ratios[step + 1].item()
         step_key = dimo_ext.fold_in(key, step)
@@ -65,7 +126,7 @@ def sample_ancestral(
             words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
             reveal &= uniform(words) < (r_t - r_s) / r_t
         tokens = torch.where(reveal, drawn, tokens)
-    return tokens
+        yield tokens
 
 
 @torch.no_grad()
