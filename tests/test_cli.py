@@ -12,9 +12,18 @@ from safetensors.torch import load_file
 
 import dimo_ext
 from dimo import cli, doctor
-from dimo.checkpoint import read_model_config, save_model, versions
-from dimo.config import DistillConfig, MethodConfig, PretrainConfig, SampleConfig, SamplingConfig, load_config
-from dimo.generator import OneStepGenerator
+from dimo.checkpoint import load_model, read_model_config, save_model, versions
+from dimo.config import (
+    DistillConfig,
+    EvaluateConfig,
+    MethodConfig,
+    PretrainConfig,
+    SampleConfig,
+    SamplingConfig,
+    load_config,
+)
+from dimo.evaluation import METRICS
+from dimo.generator import OneStepGenerator, sample_keys
 from dimo.teachers import DigitsTeacher, MaskGITTeacher
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32, "dropout": 0.0}
@@ -77,7 +86,7 @@ def assert_one_line_error(capsys, message: str) -> None:
 def test_usage_lists_every_command(arguments, status, capsys):
     assert run(*arguments) == status
     out = capsys.readouterr().out
-    for command in ("pretrain", "distill", "sample", "doctor"):
+    for command in ("pretrain", "distill", "sample", "evaluate", "report", "doctor"):
         assert f"\n  {command} " in out
 
 
@@ -87,6 +96,8 @@ def test_usage_lists_every_command(arguments, status, capsys):
         ("pretrain", ["--run.output", "--network.width", "--condition-dropout", "--config FILE.yaml"]),
         ("distill", ["--method.r-init", "--teacher.path", "--report.teacher-steps", "--config FILE.yaml"]),
         ("sample", ["--model", "--sampler {ancestral,confident}", "--temperature", "Samples a class."]),
+        ("evaluate", ["--model", "--seeds", "--reference {validation,test}", "--steps", "--guidance-scale"]),
+        ("report", ["usage: dimo report FOLDER"]),
         ("doctor", ["--json"]),
     ],
 )
@@ -141,7 +152,7 @@ def test_flags_alone_give_the_same_as_yaml(tmp_path):
     [
         ("distil", "unknown command 'distil': did you mean distill?"),
         ("docter", "unknown command 'docter': did you mean doctor?"),
-        ("xyz", "unknown command 'xyz'; commands: pretrain, distill, sample, doctor"),
+        ("xyz", "unknown command 'xyz'; commands: pretrain, distill, sample, evaluate, report, doctor"),
     ],
 )
 def test_unknown_command(command, message, capsys):
@@ -161,6 +172,9 @@ def test_unknown_command(command, message, capsys):
         (["sample", "--mask-schedule", "mage"], ["mask_schedule: expected one of linear, square, cosine, arccos, got"]),
         (["sample", "--sampler", "halton"], ["halton", "ancestral"]),
         (["sample", "--output", "a.jpg"], ["output: expected a path that ends in .png, got 'a.jpg'"]),
+        (["evaluate", "--output", "a.csv"], ["output: expected a path that ends in .json, got 'a.csv'"]),
+        (["evaluate", "--seeds", "0"], ["seeds: expected an integer >= 1, got 0"]),
+        (["evaluate", "--reference", "train"], ["train", "validation"]),
     ],
 )
 def test_bad_flags(arguments, messages, capsys):
@@ -204,7 +218,14 @@ def test_bad_paths(tmp_path, teacher, capsys):
         (["sample", "--model", tmp_path / "nowhere", "--output", tmp_path / "a.png"], "nowhere: expected a folder"),
         (["sample", "--model", usable, "--output", file / "a.png"], "output: expected a folder that can be written"),
         (["sample", "--model", teacher, "--output", tmp_path / "a.png"], "truncated or not a safetensors file"),
+        (["evaluate", "--model", tmp_path / "nowhere", "--output", tmp_path / "a.json"], "nowhere: expected a folder"),
+        (["evaluate", "--model", usable, "--output", file / "a.json"], "output: expected a folder that can be written"),
+        (["evaluate", "--model", teacher, "--output", tmp_path / "a.json"], "truncated or not a safetensors file"),
         (["doctor", "--jsn"], "unknown argument '--jsn'"),
+        (["report"], "report: expected the folder of one run, got nothing"),
+        (["report", "a", "b"], "report: expected the folder of one run, got a b"),
+        (["report", "--run"], "report: expected the folder of one run, got --run"),
+        (["report", tmp_path / "nowhere"], "report: expected the folder of a run (with log.jsonl"),
     ]:
         assert run(*arguments) == 2, arguments
         assert_one_line_error(capsys, message)
@@ -289,6 +310,7 @@ def test_doctor_json(capsys):
     [
         ("student", []),
         ("student", ["--temperature", "0"]),
+        ("student", ["--steps", "3", "--mask-schedule", "linear"]),
         ("teacher", ["--steps", "2", "--guidance-scale", "1.5"]),
         ("teacher", ["--steps", "2", "--sampler", "confident", "--temperature", "0.8"]),
     ],
@@ -313,6 +335,61 @@ def test_sample_needs_a_model_of_pictures(tmp_path, capsys):
     assert_one_line_error(capsys, "model: expected one whose tokens can be shown as pictures, got kind 'maskgit'")
 
 
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_and_prints_the_metrics(student, tmp_path, capsys):
+    """Two seeds from the second on: the numbers, their intervals, the recipes and what they were measured with."""
+    pytest.importorskip("sklearn")
+    target = tmp_path / "new" / "metrics.json"
+    arguments = ["--model", student, "--seeds", "2", "--seed", "1", "--reference", "validation", "--device", "cpu"]
+    assert run("evaluate", *arguments, "--output", target) == 0
+    out = capsys.readouterr().out
+    document = json.loads(target.read_text(encoding="utf-8"))
+    real, row = document["rows"]
+    assert (real["kind"], row["name"], row["network_evaluations"]) == ("real", "student, 1 step", 1)
+    assert list(row["metrics"]) == list(METRICS)
+    assert (document["sample_count"], document["reference"], document["reveal"]) == (1258, "validation", None)
+    assert document["config"]["seed"] == 1
+    recall = row["metrics"]["recall"]
+    assert len(recall["values"]) == 2
+    assert f"{recall['mean']:.3f} ± {(recall['high'] - recall['low']) / 2:.3f}" in out
+    assert all(recipe in out for recipe in document["recipes"].values())
+    assert f"torch {torch.__version__}" in out
+    assert out.endswith(f"{target}\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ("student", ["--steps", "2"], ("student, 2 steps", "student", 2, 2)),
+        ("student", [], ("student, 1 step", "student", 1, 1)),
+        ("teacher", [], ("teacher, 16 steps", "teacher", 16, 16)),
+        ("teacher", ["--steps", "3", "--guidance-scale", "2"], ("teacher, 3 steps", "teacher", 3, 6)),
+        ("teacher", ["--steps", "99", "--sampler", "confident"], ("teacher, 99 steps", "teacher", 99, 64)),
+    ],
+)
+def test_cost_of_a_sampler(model, flags, expected, request, monkeypatch):
+    """What is measured says how often it evaluates its network, and keeps to it."""
+    network, entries = load_model(request.getfixturevalue(model))
+    sampler = cli._sampler(network, entries, cli._parse("evaluate", EvaluateConfig, flags))
+    assert sampler[:4] == expected
+    rows, logits = [], network.logits
+    monkeypatch.setattr(
+        network, "logits", lambda tokens, *args, **kw: rows.append(len(tokens)) or logits(tokens, *args, **kw)
+    )
+    assert sampler.draw(torch.arange(10), sample_keys(0, 10)).shape == (10, 64)
+    assert sum(rows) == 10 * sampler.network_evaluations
+
+
+def test_evaluate_needs_digits(tmp_path, capsys):
+    model = tiny(MaskGITTeacher, grid_size=2, vocab_size=5, num_classes=3)
+    folder = save_model(tmp_path / "maskgit", model, cli.TEACHER_FORMAT)
+    assert run("evaluate", "--model", folder, "--output", tmp_path / "a.json") == 2
+    assert_one_line_error(capsys, "model: expected one of kind 'digits', which has metrics, got kind 'maskgit'")
+    assert not (tmp_path / "a.json").exists()
+
+
 # --- pretrain, distill, sample --------------------------------------------------------------------------------------
 
 
@@ -321,7 +398,8 @@ def chain(tmp_path_factory):
     """A teacher of three steps, a student distilled from it in three, and what was printed."""
     folder = tmp_path_factory.mktemp("chain")
     assert run("pretrain", "--run.output", folder / "pre", *RUN, *NETWORK) == 0
-    config = write(folder / "distill.yaml", {"report": {"teacher_steps": [1]}, "run": {"output": "unused"}})
+    settings = {"teacher_steps": [1], "few_steps": [], "sampling_seeds": 2}
+    config = write(folder / "distill.yaml", {"report": settings, "run": {"output": "unused"}})
     arguments = ["--config", config, "--run.output", folder / "run", "--teacher.path", folder / "pre" / "teacher"]
     assert run("distill", *arguments, *RUN) == 0
     return folder
@@ -343,18 +421,27 @@ def test_distillation_leaves_its_results(chain):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "checkpoint.safetensors", "comparison.png", "config.yaml", "curves.png", "log.jsonl", "metrics.json",
-        "student", "student.png", "table.md", "tensorboard",
+        "report.html", "student", "student.png", "table.md", "tensorboard",
     }  # fmt: skip
     config = load_config(DistillConfig, folder / "config.yaml")
     assert (config.run.steps, config.report.teacher_steps) == (3, (1,))
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     rows = ["real images (floor)", "teacher, 1 step", "student before training", "student, 1 step"]
-    assert list(metrics["rows"]) == rows
-    assert metrics["rows"]["teacher, 1 step"]["network_evaluations"] == 2  # guided
-    assert metrics["rows"]["student, 1 step"]["network_evaluations"] == 1
+    assert [row["name"] for row in metrics["rows"]] == rows
+    assert [row["network_evaluations"] for row in metrics["rows"]] == [None, 2, 1, 1]  # the teacher is guided
     assert metrics["config"] == read_model_config(folder / "student")["recipe"]
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert all(name in table for name in rows)
+
+
+def test_report_of_a_finished_run_and_of_a_pretraining(chain, capsys):
+    finished = (chain / "run" / "report.html").read_bytes()
+    assert b"One network evaluation" in finished
+    for folder in ("run", "pre"):
+        assert run("report", chain / folder) == 0
+        assert capsys.readouterr().out == f"{chain / folder / 'report.html'}\n"
+    assert (chain / "run" / "report.html").read_bytes() == finished
+    assert b"Pretraining: step 3 of 3" in (chain / "pre" / "report.html").read_bytes()
 
 
 def test_distilled_student_is_its_moving_average(chain):

@@ -9,6 +9,7 @@ import yaml
 from dimo.config import (
     ConfigError,
     DistillConfig,
+    EvaluateConfig,
     MethodConfig,
     NetworkConfig,
     OptimizerConfig,
@@ -66,7 +67,7 @@ def test_shipped_config_survives_a_round_trip(path, tmp_path):
 def test_to_dict_holds_plain_values():
     """Tuples become lists: JSON and YAML read them back equal."""
     values = to_dict(DistillConfig(RunConfig("x")))
-    assert values["student"]["betas"] == [0.9, 0.999]
+    assert values["student"]["betas"] == [0.5, 0.99]
     assert values["report"]["teacher_steps"] == [1, 2, 4, 8, 16]
     assert from_dict(DistillConfig, values) == DistillConfig(RunConfig("x"))
 
@@ -84,6 +85,7 @@ def test_numbers_that_yaml_reads_as_strings(tmp_path):
 def test_lists_become_tuples():
     config = from_dict(DistillConfig, {"run": RUN, "report": {"teacher_steps": [2, 5]}})
     assert config.report.teacher_steps == (2, 5)
+    assert from_dict(DistillConfig, {"run": RUN, "report": {"few_steps": []}}).report.few_steps == ()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,9 @@ OUT_OF_RANGE = [
     (MethodConfig, {"label_smoothing": 1.0}, "label_smoothing"),
     (ReportConfig, {"teacher_steps": []}, "teacher_steps"),
     (ReportConfig, {"teacher_steps": [0]}, "teacher_steps"),
+    (ReportConfig, {"teacher_seeds": 0}, "teacher_seeds"),
+    (ReportConfig, {"few_steps": [1]}, "few_steps"),
+    (ReportConfig, {"sampling_seeds": 0}, "sampling_seeds"),
     (SampleConfig, {"steps": 0}, "steps"),
     (SampleConfig, {"output": "samples.jpg"}, "output"),
     (SampleConfig, {"sampler": "confident", "temperature": 0}, "temperature"),
@@ -228,6 +233,11 @@ OUT_OF_RANGE = [
     (SampleConfig, {"guidance_scale": INF}, "guidance_scale"),
     (SampleConfig, {"per_class": 0}, "per_class"),
     (SampleConfig, {"seed": -1}, "seed"),
+    (EvaluateConfig, {"steps": 0}, "steps"),
+    (EvaluateConfig, {"output": "metrics.txt"}, "output"),
+    (EvaluateConfig, {"seeds": 0}, "seeds"),
+    (EvaluateConfig, {"seed": -1}, "seed"),
+    (EvaluateConfig, {"mask_schedule": "mage"}, "mask_schedule"),
 ]
 
 
@@ -258,6 +268,8 @@ def test_schedule_and_divergence_errors_list_the_valid_names():
         (MethodConfig, {"r_init": 1, "divergence": "jeffreys:-0.2"}),
         (SampleConfig, {"temperature": 0, "guidance_scale": 0}),
         (SampleConfig, {"temperature": None}),
+        (EvaluateConfig, {"steps": 1, "seeds": 1}),
+        (ReportConfig, {"teacher_seeds": 1, "sampling_seeds": 1}),
         (SamplingConfig, {"student_temperature": 0}),
         (OptimizerConfig, {"warmup_steps": 0, "final_fraction": 0, "clip_norm": None}),
         (RunConfig, {"output": "x", "seed": 2**32 - 1, "ema_decay": 0, "preview_every": 0}),
@@ -283,6 +295,8 @@ def test_defaults():
     pretraining = from_dict(PretrainConfig, {"run": RUN})
     assert (pretraining.kind, pretraining.condition_dropout) == ("digits", 0.1)
     assert from_dict(SampleConfig, {}) == SampleConfig()
+    assert (config.report.few_steps, config.report.sampling_seeds, config.report.teacher_seeds) == ((2, 4), 5, 1)
+    assert (EvaluateConfig().seeds, EvaluateConfig().reference, EvaluateConfig().steps) == (5, "test", None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,14 @@ from dimo.config import (
     to_dict,
 )
 from dimo.data.digits import DigitsSplit
+from dimo.runlog import LOG, TrainingError
 from dimo.teachers import MaskGITTeacher
 from dimo.trainer import (
     CHECKPOINT,
-    LOG,
     DistillationTrainer,
     Ema,
     Interrupted,
     PretrainingTrainer,
-    TrainingError,
     Updater,
     _StopFlag,
     resolve_device,
@@ -220,15 +220,26 @@ def test_freeze_recipe_keeps_the_embeddings(tmp_path):
     assert not any(torch.equal(trainer.auxiliary.state_dict()[name], before[name]) for name in frozen)
 
 
-@pytest.mark.parametrize(("fresh", "calls"), [(True, 4), (False, 3)])
-def test_fresh_auxiliary_batch_costs_one_more_student_call(fresh, calls, tmp_path):
-    """One student update and three auxiliary ones: 1 + 3 evaluations of the student, or the first batch used twice."""
+@pytest.mark.parametrize(
+    ("fresh", "calls"), [(True, {"student": 4, "auxiliary": 4}), (False, {"student": 1, "auxiliary": 3})]
+)
+def test_a_reused_batch_saves_evaluations(fresh, calls, tmp_path):
+    """One student update and three auxiliary ones: re-used, one draw serves all, and one evaluation of the auxiliary
+    both the divergence and the first update.
+    """
     method = {"fresh_auxiliary_batch": fresh, "num_auxiliary_steps": 3}
     trainer = DistillationTrainer(tiny(), distill_config(tmp_path, method))
-    counted, plain = [], trainer.student.logits
-    trainer.student.logits = lambda *args, **kwargs: counted.append(1) or plain(*args, **kwargs)
+    counted = Counter()
+
+    def count(name):
+        network = trainer.modules[name]
+        plain = network.logits
+        network.logits = lambda *args, **kwargs: counted.update([name]) or plain(*args, **kwargs)
+
+    count("student")
+    count("auxiliary")
     trainer.step(0)
-    assert len(counted) == calls
+    assert counted == calls
 
 
 # --- stop and go on -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,22 +17,42 @@ from torch import Tensor
 
 from . import doctor
 from .checkpoint import CheckpointError, load_model, load_teacher, model_folder, save_model, versions
-from .comparison import compare, preview_digits, teacher_grid
-from .config import ConfigError, DistillConfig, PretrainConfig, SampleConfig, load_config, to_dict
+from .comparison import (
+    Sampler,
+    compare,
+    measure,
+    metrics_document,
+    preview_digits,
+    real_row,
+    row_name,
+    table,
+    teacher_grid,
+)
+from .config import (
+    ConfigError,
+    DistillConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    SampleConfig,
+    SamplerConfig,
+    load_config,
+    to_dict,
+)
 from .data.digits import load_digits_split
 from .evaluation import DigitsEvaluator
-from .files import import_extra, prepare_output, write_text
+from .files import import_extra, prepare_output, write_json, write_text
 from .generator import FORMAT as STUDENT_FORMAT
 from .generator import OneStepGenerator, labels_per_class, sample_keys
+from .page import PAGE, write_page
 from .pretrain import held_out_loss
 from .report import image_grid
-from .samplers import sample_ancestral, sample_confident
+from .runlog import TrainingError
+from .samplers import sample_ancestral, sample_confident, sample_few_steps
 from .teachers import DigitsTeacher, Teacher
 from .trainer import (
     DistillationTrainer,
     Interrupted,
     PretrainingTrainer,
-    TrainingError,
     resolve_device,
     run_training,
     seeded_generator,
@@ -82,8 +103,10 @@ def distill(config: DistillConfig) -> None:
     if evaluator:
         print("sampling teacher and student ...")
         print(f"\n{compare(teacher, student, config, evaluator)}\n")
-    for path in sorted(p for p in output.iterdir() if not p.name.startswith(".")):
+    page = write_page(output)
+    for path in sorted(p for p in output.iterdir() if not p.name.startswith(".") and p.name != PAGE):
         print(path)
+    print(page)
 
 
 def sample(config: SampleConfig) -> None:
@@ -96,7 +119,7 @@ def sample(config: SampleConfig) -> None:
     prepare_output(target.parent, files=(target.name,))
     labels = labels_per_class(model.num_classes, config.per_class).to(device)
     keys = sample_keys(config.seed, len(labels), device=device)
-    draw = _sampler(model.to(device), entries, config)
+    draw = _sampler(model.to(device), entries, config).draw
     parts = zip(labels.split(_SAMPLE_BATCH), keys.split(_SAMPLE_BATCH), strict=True)
     images = model.decode(torch.cat([draw(label, key).cpu() for label, key in parts]))
     images = images[:, 0].unflatten(0, (model.num_classes, config.per_class))
@@ -104,24 +127,74 @@ def sample(config: SampleConfig) -> None:
     print(target)
 
 
-def _sampler(model: Teacher, entries: dict[str, Any], config: SampleConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function from labels and keys to tokens that the model's kind and the configuration ask for."""
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure a teacher or a one-step student of the digits against real images."""
+    for module in ("sklearn.svm", "scipy.stats"):
+        import_extra(module, "the digits' metrics")
+    device, target = resolve_device(config.device), Path(config.output)
+    model, entries = load_model(model_folder(config.model))
+    if not isinstance(model, DigitsTeacher):
+        raise ConfigError(f"model: expected one of kind 'digits', which has metrics, got kind {model.kind!r}")
+    prepare_output(target.parent, files=(target.name,))
+    sampler, evaluator = _sampler(model.to(device), entries, config), DigitsEvaluator()
+    print(f"{sampler.name}: sampling with {config.seeds} seed{'s' if config.seeds > 1 else ''} ...", flush=True)
+    seeds = range(config.seed, config.seed + config.seeds)
+    rows = [real_row(evaluator, config.reference), measure(sampler, evaluator, config.reference, device, seeds)]
+    document = metrics_document(rows, config, evaluator, config.reference)
+    write_json(target, document)
+    print(f"\n{table(document)}\n\n{target}")
+
+
+def _sampler(model: Teacher, entries: dict[str, Any], config: SamplerConfig) -> Sampler:
+    """Return the sampler that the model's kind and the configuration ask for; it takes labels and keys."""
     if entries["format"] == STUDENT_FORMAT:
-        student = OneStepGenerator.from_entries(model, entries, config.model)
-        return lambda labels, keys: student.tokens(labels, key=keys, temperature=config.temperature)
+        return _student_sampler(OneStepGenerator.from_entries(model, entries, config.model), config)
     sampler = sample_ancestral if config.sampler == "ancestral" else sample_confident
-    temperature = 1.0 if config.temperature is None else config.temperature
-    return lambda labels, keys: sampler(
-        model, labels, steps=config.steps, mask_schedule=config.mask_schedule, guidance_scale=config.guidance_scale,
-        temperature=temperature, key=keys,
-    )  # fmt: skip
+    steps, temperature = config.steps or 16, 1.0 if config.temperature is None else config.temperature
+
+    def draw(labels: Tensor, keys: Tensor) -> Tensor:
+        return sampler(
+            model, labels, steps=steps, mask_schedule=config.mask_schedule, guidance_scale=config.guidance_scale,
+            temperature=temperature, key=keys,
+        )  # fmt: skip
+
+    evaluations = steps if sampler is sample_ancestral else min(steps, model.seq_len)
+    calls = 1 if config.guidance_scale == 1.0 else 2
+    return Sampler(row_name("teacher", steps), "teacher", steps, evaluations * calls, draw)
+
+
+def _student_sampler(student: OneStepGenerator, config: SamplerConfig) -> Sampler:
+    steps, sampling = config.steps or 1, student.sampling
+    if config.temperature is not None:
+        sampling = dataclasses.replace(sampling, student_temperature=config.temperature)
+
+    def draw(labels: Tensor, keys: Tensor) -> Tensor:
+        return sample_few_steps(
+            student.model, labels, sampling, steps=steps, mask_schedule=config.mask_schedule, key=keys
+        )
+
+    return Sampler(row_name("student", steps), "student", steps, steps, draw)
+
+
+def report(arguments: list[str]) -> int:
+    """Write report.html, a run on one page, finished or not: dimo report FOLDER."""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: dimo report FOLDER\n\n{report.__doc__}")
+        return 0
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError(f"report: expected the folder of one run, got {' '.join(arguments) or 'nothing'}")
+    print(write_page(arguments[0]))
+    return 0
 
 
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "pretrain": (pretrain, PretrainConfig),
     "distill": (distill, DistillConfig),
     "sample": (sample, SampleConfig),
+    "evaluate": (evaluate, EvaluateConfig),
 }
+
+_PLAIN: dict[str, Callable[[list[str]], int]] = {"report": report, "doctor": doctor.main}  # without a configuration
 
 _USAGE = """usage: dimo COMMAND [--config FILE.yaml] [--key.name VALUE ...]
 
@@ -131,6 +204,8 @@ commands:
   pretrain   {pretrain}
   distill    {distill}
   sample     {sample}
+  evaluate   {evaluate}
+  report     {report}
   doctor     {doctor}
 
 `dimo COMMAND --help` lists every key with its default. A YAML file fills keys first, flags override it.
@@ -141,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 training failed, 2 bad input, 130 stopped by a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_USAGE.format(doctor=doctor.SUMMARY, **{name: call.__doc__ for name, (call, _) in _COMMANDS.items()}))
+        summaries = {name: call.__doc__ for name, (call, _) in _COMMANDS.items()}
+        print(_USAGE.format(doctor=doctor.SUMMARY, report=report.__doc__, **summaries))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"dimo {versions()['dimo-ext']}")
@@ -163,11 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
-    if command == "doctor":
-        return doctor.main(arguments)
+    if command in _PLAIN:
+        return _PLAIN[command](arguments)
     if command not in _COMMANDS:
-        close = difflib.get_close_matches(command, [*_COMMANDS, "doctor"], n=1)
-        hint = f": did you mean {close[0]}?" if close else f"; commands: {', '.join(_COMMANDS)}, doctor"
+        names = [*_COMMANDS, *_PLAIN]
+        close = difflib.get_close_matches(command, names, n=1)
+        hint = f": did you mean {close[0]}?" if close else f"; commands: {', '.join(names)}"
         raise ConfigError(f"unknown command {command!r}{hint}")
     call, cls = _COMMANDS[command]
     call(_parse(command, cls, arguments))

@@ -12,6 +12,7 @@ from dimo_ext.random import random_uniform
 
 from .config import MethodConfig, SamplingConfig
 from .guidance import guided_logits
+from .phases import phase
 from .pretrain import masked_token_loss
 from .schedules import mask_ratio
 from .teachers.base import Condition, Teacher, condition_size
@@ -25,11 +26,16 @@ class StudentDraw(NamedTuple):
 
 
 class StudentLoss(NamedTuple):
-    """Loss (scalar, nats a sample; backward gives the pseudo-gradient), the draw, the mean entropy of a token."""
+    """Loss (scalar, nats a sample; backward gives the pseudo-gradient), the draw, the mean entropy of a token.
+
+    ``auxiliary`` is the auxiliary's own loss at the same masked tokens: unless ``fresh_auxiliary_batch``, it has a
+    gradient and the auxiliary's first update needs no further evaluation.
+    """
 
     loss: Tensor
     draw: StudentDraw
     token_entropy: Tensor
+    auxiliary: Tensor
 
 
 def draw_from_student(student: Teacher, condition: Condition, sampling: SamplingConfig, key: Tensor) -> StudentDraw:
@@ -55,20 +61,25 @@ def student_loss(
     dL/dθ ≈ Σ_{i masked} ∂D(p_i ‖ q_i)/∂z_ψ,i · ∂z_θ,i/∂θ, summed over tokens, divided by the batch. Teacher and
     auxiliary see the same tokens and get no gradient.
     """
-    draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
-    with torch.no_grad():
+    with phase("student forward"):
+        draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
+    with torch.no_grad(), phase("masking and teacher"):
         ratio = mask_ratio(method.mask_schedule, random_uniform(dimo_ext.fold_in(key, 1), draw.tokens.shape[0]))
         tokens = _valid_ids(draw.tokens)
         masked = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=dimo_ext.fold_in(key, 2))
         target = guided_logits(teacher, masked.tokens, condition, method.guidance_scale, mask_ratio=ratio)
+    reused = torch.is_grad_enabled() and not method.fresh_auxiliary_batch
+    with torch.set_grad_enabled(reused), phase("auxiliary forward"):
         estimate = auxiliary.logits(masked.tokens, condition, mask_ratio=ratio)
-        log_probs = torch.log_softmax(draw.logits.float() / method.student_temperature, -1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    loss = dimo_ext.distribution_matching_loss(
-        draw.logits, target.cond, estimate, method.divergence, mask=masked.mask, teacher_uncond_logits=target.uncond,
-        guidance_scale=method.guidance_scale, teacher_temperature=method.teacher_temperature,
-    )  # fmt: skip
-    return StudentLoss(loss, draw, entropy)
+    with phase("loss"):
+        fit = dimo_ext.masked_cross_entropy(estimate, tokens, masked.mask, label_smoothing=method.label_smoothing)
+        entropy = _mean_token_entropy(draw.logits, method.student_temperature)
+        loss = dimo_ext.distribution_matching_loss(
+            draw.logits, target.cond, estimate, method.divergence, mask=masked.mask,
+            teacher_uncond_logits=target.uncond, guidance_scale=method.guidance_scale,
+            teacher_temperature=method.teacher_temperature,
+        )  # fmt: skip
+    return StudentLoss(loss, draw, entropy, fit)
 
 
 def auxiliary_loss(
@@ -77,6 +88,12 @@ def auxiliary_loss(
     """Cross-entropy of the auxiliary against the student's tokens at freshly masked positions (scalar, mean)."""
     tokens_BL = _valid_ids(tokens_BL)
     return masked_token_loss(auxiliary, tokens_BL, condition, method.mask_schedule, key, method.label_smoothing)
+
+
+@torch.no_grad()
+def _mean_token_entropy(logits_BLV: Tensor, temperature: float) -> Tensor:
+    log_probs = torch.log_softmax(logits_BLV.float() / temperature, -1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
 
 
 def _valid_ids(tokens_BL: Tensor) -> Tensor:

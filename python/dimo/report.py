@@ -1,33 +1,40 @@
 """What a run shows: sample grids, a comparison picture, loss curves, tables. Files are replaced atomically.
 
+A run's web page is made in page/.
+
 matplotlib is imported on first use and driven through its objects, so no window, backend or global figure is touched.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import io
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .data.digits import GRID_SIZE, NUM_CLASSES, decode
+from .data.digits import GRID_SIZE, NUM_CLASSES, VOCAB_SIZE, decode
 from .evaluation import METRICS
 from .files import atomic_path, import_extra
+from .metrics import Interval
+from .runlog import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CURVES: dict[str, str] = {
+    "loss": "loss",
+    "validation_loss": "validation loss",
     "student_divergence": "student divergence",
     "auxiliary_loss": "auxiliary loss",
-    "gradient_norm": "gradient norm",
     "token_entropy": "token entropy (nats)",
+    "gradient_norm": "gradient norm",
+    "auxiliary_gradient_norm": "auxiliary's gradient norm",
     "frechet_pixel": "Fréchet distance (pixels)",
     "frechet_feature": "Fréchet distance (features)",
 }
@@ -35,7 +42,10 @@ CURVES: dict[str, str] = {
 
 _LEADING_COLUMNS = {"network_evaluations": "network evaluations", "images_per_second": "images/s"}
 _BACKGROUND, _INK, _MUTED, _ACCENT = "#0d1117", "#f4f5f7", "#9198a1", "#3b6fd4"
+MASK = VOCAB_SIZE  # the id of [MASK]
+_MASK_COLOR = (86, 110, 190)
 _GAP = 2  # pixels between the images of a grid
+_INLINE_SCALE = 5  # device pixels a pixel of a digit
 
 
 def image_grid(
@@ -91,8 +101,25 @@ def comparison_figure(columns: Mapping[str, Tensor], path: str | os.PathLike[str
     _save(figure, path)
 
 
+def inline_png(tokens: ArrayLike) -> str:
+    """Digits as a PNG in a data URI: `tokens` int [rows, cols, 64] in 0..16, or 17 for [MASK], which is drawn blue.
+
+    Between the digits the picture is transparent.
+    """
+    tokens = np.asarray(tokens)
+    rows, cols = tokens.shape[:2]
+    images = _palette()[tokens].reshape(rows, cols, GRID_SIZE, GRID_SIZE, 4)
+    padded = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)))
+    size = GRID_SIZE + 1
+    canvas = padded.transpose(0, 2, 1, 3, 4).reshape(rows * size, cols * size, 4)[:-1, :-1]
+    buffer = io.BytesIO()
+    scaled = canvas.repeat(_INLINE_SCALE, 0).repeat(_INLINE_SCALE, 1)
+    import_extra("matplotlib.image", "a picture").imsave(buffer, scaled, format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def metrics_table(
-    rows: Mapping[str, Mapping[str, float]],
+    rows: Mapping[str, Mapping[str, float | Interval]],
     style: Literal["markdown", "plain"] = "markdown",
     row_title: str = "sampler",
 ) -> str:
@@ -117,10 +144,9 @@ def metrics_table(
 def loss_curves(log: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Draw the training log `log` (JSON lines of `step` and scalars) as one PNG, a panel for each key of `CURVES`.
 
-    Keys that the log lacks have no panel. A last line cut short by a stopped run is skipped, and where a resumed run
-    repeats a step, the later line counts. Raises ValueError if nothing is left to draw.
+    Keys that the log lacks have no panel. Raises ValueError if nothing is left to draw, and for a broken log.
     """
-    records = _read_log(log)
+    records = read_log(log)
     series = {key: [(s, r[key]) for s, r in records.items() if r.get(key) is not None] for key in CURVES}
     series = {key: points for key, points in series.items() if points}
     if not series:
@@ -140,6 +166,14 @@ def _digit_images(tokens: Tensor, title: str) -> np.ndarray:
         raise ValueError(f"columns[{title!r}] must have shape [{NUM_CLASSES}, n, 64], not {list(tokens.shape)}")
     images = decode(tokens.flatten(0, 1).cpu())
     return images.reshape(*tokens.shape[:2], GRID_SIZE, GRID_SIZE).numpy()
+
+
+def _palette() -> np.ndarray:
+    """RGBA of each token, uint8 [18, 4]: the background's colour to white, then [MASK]."""
+    dark = np.array([int(_BACKGROUND[i : i + 2], 16) for i in (1, 3, 5)])
+    share = np.linspace(0, 1, VOCAB_SIZE)[:, None]
+    colors = np.vstack([dark + share * (255 - dark), _MASK_COLOR])
+    return np.hstack([colors.round(), np.full((VOCAB_SIZE + 1, 1), 255)]).astype(np.uint8)
 
 
 def _tile(images: Tensor | ArrayLike, name: str) -> np.ndarray:
@@ -202,22 +236,7 @@ def _draw_curve(axes: Axes, title: str, steps: np.ndarray, values: np.ndarray) -
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _read_log(log: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
-    """Records by ascending step."""
-    lines = Path(log).read_text(encoding="utf-8").splitlines()
-    records = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{os.fspath(log)}, line {number}: {error}") from error
-        records[int(record["step"])] = record
-    return dict(sorted(records.items()))
-
-
-def _format(key: str, value: float | None) -> str:
+def _format(key: str, value: float | Interval | None) -> str:
     if value is None:
         return "-"
     if key == "network_evaluations":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import signal
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,17 @@ from dimo_ext.random import random_integers
 from .checkpoint import fingerprint, load_checkpoint, read_checkpoint_header, save_checkpoint
 from .config import ConfigError, DistillConfig, OptimizerConfig, PretrainConfig, RunConfig, to_dict
 from .data.digits import DigitsSplit
-from .distill import auxiliary_loss, draw_from_student, student_loss
-from .files import import_extra, prepare_output, remove_leftovers, write_text
+from .distill import StudentLoss, auxiliary_loss, draw_from_student, student_loss
+from .files import prepare_output, remove_leftovers
+from .phases import MEASURED_STEPS, PhaseClock, phase
 from .pretrain import pretrain_loss
+from .runlog import BOARD, LOG, RunLogger
 from .teachers import Teacher
 
-CHECKPOINT, LOG, BOARD = "checkpoint.safetensors", "log.jsonl", "tensorboard"
+CHECKPOINT = "checkpoint.safetensors"
 
 # Keys that may differ between a checkpoint's configuration and the one that goes on from it.
 _FREE_KEYS = ("run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what to try."""
 
 
 class Interrupted(Exception):  # noqa: N818 - an event that callers handle, not an error
@@ -161,22 +157,26 @@ class DistillationTrainer(Trainer):
         """One student update and its auxiliary updates."""
         key, batch = dimo_ext.fold_in(self.key, index), self.run.batch_size
         condition = self.teacher.sample_condition(batch, dimo_ext.fold_in(key, 0))
-        loss, draw, entropy = student_loss(
+        losses = student_loss(
             self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
         )
-        norm = self.updaters["student_optimizer"].update(loss, index)
+        with phase("student backward and optimiser"):
+            norm = self.updaters["student_optimizer"].update(losses.loss, index)
         self.ema.update(self.student, index)
-        scalars = {"student_divergence": loss, "gradient_norm": norm, "token_entropy": entropy}
-        return scalars | self._update_auxiliary(index, key, draw.tokens, condition)
+        scalars = {"student_divergence": losses.loss, "gradient_norm": norm, "token_entropy": losses.token_entropy}
+        with phase("auxiliary updates"):
+            return scalars | self._update_auxiliary(index, key, losses, condition)
 
-    def _update_auxiliary(self, index: int, key: Tensor, tokens: Tensor, condition: Any) -> dict[str, Tensor]:
+    def _update_auxiliary(self, index: int, key: Tensor, losses: StudentLoss, condition: Any) -> dict[str, Tensor]:
+        tokens, loss = losses.draw.tokens, losses.auxiliary
         for k in range(self.method.num_auxiliary_steps):
             inner = dimo_ext.fold_in(key, 2 + k)
-            if k > 0 or self.method.fresh_auxiliary_batch:
+            if self.method.fresh_auxiliary_batch:
                 condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(inner, 0))
                 with torch.no_grad():
                     tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(inner, 1)).tokens
-            loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(inner, 2))
+            if k > 0 or self.method.fresh_auxiliary_batch:
+                loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(inner, 2))
             step = index * self.method.num_auxiliary_steps + k
             norm = self.updaters["auxiliary_optimizer"].update(loss, step)
         return {"auxiliary_loss": loss, "auxiliary_gradient_norm": norm}
@@ -207,10 +207,12 @@ class PretrainingTrainer(Trainer):
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
         # Only dropout reads torch's generator; seeding it by the step lets a resumed run repeat.
         with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + index):
-            loss = pretrain_loss(
-                self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
-            )
-            norm = self.updaters["optimizer"].update(loss, index)
+            with phase("forward and loss"):
+                loss = pretrain_loss(
+                    self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
+                )
+            with phase("backward and optimiser"):
+                norm = self.updaters["optimizer"].update(loss, index)
         self.ema.update(self.model, index)
         return {"loss": loss, "gradient_norm": norm}
 
@@ -251,12 +253,13 @@ def run_training(trainer: Trainer, config: Any, preview: Preview | None = None) 
     if start >= run.steps:
         print(f"{path} holds all {run.steps} steps already")
         return
-    with _Logger(run, start, trainer.headline) as logger, _StopFlag() as stop:
+    warmup = max(updater.config.warmup_steps for updater in trainer.updaters.values())
+    with RunLogger(run, start, trainer.headline, warmup) as logger, _StopFlag() as stop:
         _loop(trainer, config, start, path, logger, stop, preview)
 
 
 def _loop(
-    trainer: Trainer, config: Any, start: int, path: Path, logger: _Logger, stop: _StopFlag, preview: Preview | None
+    trainer: Trainer, config: Any, start: int, path: Path, logger: RunLogger, stop: _StopFlag, preview: Preview | None
 ) -> None:
     run = config.run
 
@@ -265,9 +268,13 @@ def _loop(
         save_checkpoint(path, done, to_dict(config) | trainer.origin, trainer.modules, optimizers)
         logger.restart_clock()
 
+    clock = PhaseClock(trainer.result.device)
     for index in range(start, run.steps):
-        logger.add(trainer.step(index))
+        with clock.step() if index in MEASURED_STEPS else nullcontext():
+            logger.add(trainer.step(index))
         done = index + 1
+        if done == MEASURED_STEPS.stop and clock.steps:
+            logger.note({"phase_ms": clock.milliseconds()})
         last, stopping = done == run.steps, stop.requested  # read once: a signal may come at any time
         saving = done % run.save_every == 0 or last or stopping
         if done % run.log_every == 0 or saving:  # flush raises on broken losses: no checkpoint of them is written
@@ -329,95 +336,3 @@ class _StopFlag:
             raise KeyboardInterrupt
         self.requested = True
         tqdm.write("\nstopping after this step (once more: at once) ...")
-
-
-class _Logger:
-    """Averages scalars on the device, writes log.jsonl and TensorBoard, moves the progress bar."""
-
-    def __init__(self, run: RunConfig, start: int, headline: tuple[str, ...]) -> None:
-        self.run, self.start, self.headline = run, start, headline
-        self.path = Path(run.output) / LOG
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def __enter__(self) -> _Logger:
-        _truncate_log(self.path, self.start)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = _open_board(self.run, self.start)
-        self.bar = tqdm(total=self.run.steps, initial=self.start, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self.clock = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def add(self, scalars: dict[str, Tensor]) -> None:
-        """Add one step's scalars without reading them."""
-        for name, value in scalars.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-        self.count += 1
-        self.bar.update()
-
-    def flush(self, step: int) -> None:
-        """Read the means since the last flush and write them; raises TrainingError when one is not finite."""
-        names = list(self.sums)
-        means = torch.stack([self.sums[n].float() for n in names]).div(self.count).tolist()
-        record = dict(zip(names, means, strict=True))
-        broken = [n for n, value in record.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(
-                f"step {step}: {', '.join(broken)} is not finite; lower the learning rates or set clip_norm. "
-                "The last checkpoint is kept."
-            )
-        seconds = (time.perf_counter() - self.clock) / self.count
-        self._write(step, record | {"seconds_per_step": seconds})
-        self.bar.set_postfix({n: f"{record[n]:.3g}" for n in self.headline})
-        self.sums, self.count = {}, 0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out of the time of a step what was not training."""
-        self.clock = time.perf_counter()
-
-    def preview(self, step: int, scalars: dict[str, float], image: Tensor | None) -> None:
-        """Write a preview's scalars and image; its time does not count as training."""
-        if scalars:
-            self._write(step, scalars)
-        if image is not None and self.board is not None:
-            self.board.add_image("samples", image, step)
-        self.restart_clock()
-
-    def _write(self, step: int, record: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in record.items()}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in record.items():
-                self.board.add_scalar(name, value, step)
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop lines after ``step``: a resumed run writes them again."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the half-written last line of a killed run
-        return math.inf
-
-
-def _open_board(run: RunConfig, start: int) -> Any:
-    if not run.tensorboard:
-        return None
-    import_extra("tensorboard", "run.tensorboard")
-    writer = import_extra("torch.utils.tensorboard", "run.tensorboard").SummaryWriter
-    return writer(Path(run.output) / BOARD, purge_step=start + 1 if start else None)

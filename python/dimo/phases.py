@@ -1,0 +1,58 @@
+"""Labels for the phases of a training step: ranges in a torch.profiler trace, and wall-clock where it is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch.profiler import record_function
+
+MEASURED_STEPS = range(5, 10)
+"""The 0-based steps that a run times: early, so that every run has them, but after the first, slow ones."""
+
+_clock: ContextVar[PhaseClock | None] = ContextVar("_clock", default=None)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Label a block of a training step; blocks do not nest."""
+    clock = _clock.get()
+    with record_function(f"dimo: {name}"):
+        start = clock.now() if clock else 0.0
+        yield
+        if clock:
+            clock.seconds[name] = clock.seconds.get(name, 0.0) + clock.now() - start
+
+
+class PhaseClock:
+    """Times the phases of the steps that run inside :meth:`step`; only those wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.total, self.steps = 0.0, 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one training step."""
+        token, start = _clock.set(self), self.now()
+        try:
+            yield
+        finally:
+            _clock.reset(token)
+        self.total += self.now() - start
+        self.steps += 1
+
+    def now(self) -> float:
+        """Return the time in seconds at which all work so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Return the mean milliseconds a step by phase, and under "other" what no phase covers."""
+        seconds = self.seconds | {"other": self.total - sum(self.seconds.values())}
+        return {name: round(1e3 * value / self.steps, 3) for name, value in seconds.items()}
