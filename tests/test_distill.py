@@ -133,14 +133,33 @@ def test_student_gradient_is_the_pseudo_gradient(method, dtype, tolerance):
 
 
 def test_teacher_and_auxiliary_get_no_gradient(monkeypatch):
-    """Neither do their outputs hang on a graph."""
+    """Neither do their outputs hang on a graph, unless the auxiliary trains on this very batch."""
     student, teacher, auxiliary = networks()
     seen = [record_calls(monkeypatch, network) for network in (teacher, auxiliary)]
-    student_loss(student, teacher, auxiliary, CONDITION, MethodConfig(), KEY).loss.backward()
+    student_loss(student, teacher, auxiliary, CONDITION, MethodConfig(fresh_auxiliary_batch=True), KEY).loss.backward()
     for network, calls in zip((teacher, auxiliary), seen, strict=True):
         assert all(parameter.grad is None for parameter in network.parameters())
         assert not any(call["out"].requires_grad for call in calls)
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_a_reused_batch_carries_the_auxiliarys_own_gradient(monkeypatch):
+    """Its cross-entropy at the very tokens of the divergence, to the auxiliary alone; the divergence gives it none."""
+    student, teacher, auxiliary = networks()
+    calls = record_calls(monkeypatch, auxiliary)
+    method = MethodConfig(fresh_auxiliary_batch=False, label_smoothing=0.1)
+    losses = student_loss(student, teacher, auxiliary, CONDITION, method, KEY)
+    losses.loss.backward()
+    assert all(parameter.grad is None for parameter in auxiliary.parameters())
+    x_t, tokens = calls[0]["tokens"], losses.draw.tokens
+    expected = F.cross_entropy(
+        auxiliary.network(x_t, CONDITION)[x_t == VOCAB], tokens[x_t == VOCAB], label_smoothing=0.1
+    )
+    torch.testing.assert_close(losses.auxiliary, expected, rtol=1e-9, atol=1e-9)
+    parameters = list(auxiliary.parameters())
+    actual, wanted = torch.autograd.grad(losses.auxiliary, parameters), torch.autograd.grad(expected, parameters)
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(1.0, BATCH), (1.25, 2 * BATCH), (0.0, 2 * BATCH)])
@@ -275,7 +294,8 @@ def test_logits_without_a_finite_value_show_in_the_scalars(broken):
     table = torch.zeros(BATCH, LENGTH, VOCAB, dtype=torch.float64)
     table[0] = broken
     _, teacher, auxiliary = networks()
-    loss, draw, entropy = student_loss(Table(table), teacher, auxiliary, CONDITION, MethodConfig(r_init=1.0), KEY)
-    assert loss.isfinite()
-    assert entropy.isnan()
-    assert auxiliary_loss(auxiliary, draw.tokens, CONDITION, MethodConfig(), KEY).isfinite()
+    losses = student_loss(Table(table), teacher, auxiliary, CONDITION, MethodConfig(r_init=1.0), KEY)
+    assert losses.loss.isfinite()
+    assert losses.auxiliary.isfinite()
+    assert losses.token_entropy.isnan()
+    assert auxiliary_loss(auxiliary, losses.draw.tokens, CONDITION, MethodConfig(), KEY).isfinite()

@@ -33,8 +33,8 @@ def run(teacher):
     """A trainer after its steps, its configuration and samples of the student at the start."""
     config = DistillConfig(
         run=RunConfig(output="unused", steps=STEPS, batch_size=16, seed=0, ema_decay=0.9),
-        student=OptimizerConfig(learning_rate=3e-4, warmup_steps=10),
-        auxiliary=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+        student=OptimizerConfig(learning_rate=5e-4, betas=(0.5, 0.99), warmup_steps=10),
+        auxiliary=OptimizerConfig(learning_rate=1.5e-3, betas=(0.5, 0.99), warmup_steps=10),
     )
     trainer = DistillationTrainer(teacher, config)
     start = dimo.sample_one_step(trainer.result, LABELS, config.method, key=KEY)
