@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from ._environment import switched_on
 
 BACKENDS = ("auto", "native", "reference")
 
@@ -52,25 +55,21 @@ def _load_core() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled module does not load: {error}"
 
 
-@functools.cache  # once a process and text
-def _notice(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
-
-
 _default = _validated(os.environ.get("DIMO_EXT_BACKEND") or "auto", "DIMO_EXT_BACKEND")
 _backend: ContextVar[str] = ContextVar("dimo_ext_backend", default=_default)
 _core, _core_problem = _load_core()
 
-if _core_problem is not None:
-    if os.environ.get("DIMO_EXT_REQUIRE_NATIVE", "0") not in ("", "0"):
-        raise ImportError(f"DIMO_EXT_REQUIRE_NATIVE is set, but {_core_problem}. {_REINSTALL}")
-    if _default != "reference":
-        _notice(f"dimo_ext: running on plain PyTorch: {_core_problem}. {_REINSTALL}")
+# Asks for the module alone: whether it has a kernel for an operator and a device shows when that operator is called.
+if switched_on("DIMO_EXT_REQUIRE_NATIVE") and _core_problem is not None:
+    raise ImportError(f"DIMO_EXT_REQUIRE_NATIVE is set, but {_core_problem}. {_REINSTALL}")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a `with` block, for this thread or async task alone.
+    """Choose the backend inside a ``with`` block, for this thread or async task alone.
+
+    Under "auto", the first operator that runs on plain PyTorch on a device warns (RuntimeWarning), once, with the
+    reason and the names of all operators that do.
 
     Args:
         name: "auto" (native where it exists, else the reference), "native" (an operator without a native kernel for
@@ -78,6 +77,11 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: unknown name.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     build_info()["operators"]["mask_tokens"]["cpu"]
+        {'backend': 'reference', 'problem': 'the reference backend was chosen'}
     """
     token = _backend.set(_validated(name, "backend"))
     try:
@@ -112,8 +116,7 @@ def native_kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
     if problem is not None:
         if choice == "native":
             raise RuntimeError(f"{op} has no native kernel on {device}: {problem}")
-        if device.type == "cuda" and _core is not None and _cuda_problem(index) is not None:
-            _notice(f"dimo_ext: {device} is served by plain PyTorch: {problem}")
+        _announce(device.type, index)
     return kernel
 
 
@@ -129,13 +132,43 @@ def _find_kernel(op: str, device_type: str, index: int | None) -> tuple[Callable
     """The kernel, or None and the reason; the choice of backend plays no part here."""
     if op not in OPERATORS:
         raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(OPERATORS)}")
-    if device_type not in ("cpu", "cuda"):
-        return None, f"native kernels exist for cpu and cuda only, not for {device_type}"
-    problem = _core_problem if device_type == "cpu" else _cuda_problem(index)
+    problem = _device_problem(device_type, index)
     if problem is not None:
         return None, problem
     kernel = getattr(_core, f"{device_type}_{op}", None)
     return kernel, None if kernel is not None else f"the compiled module has no {device_type} kernel for {op}"
+
+
+@functools.cache  # once a device
+def _announce(device_type: str, index: int | None) -> None:
+    _warn_once(f"dimo_ext: {_announcement(device_type, index)}")
+
+
+def _announcement(device_type: str, index: int | None) -> str:
+    """Which operators run on plain PyTorch on a device and why: all of them, or those without a kernel."""
+    if _core is None:
+        return f"every operator runs on plain PyTorch: {_core_problem}. {_REINSTALL}"
+    problem = _device_problem(device_type, index)
+    if problem is not None:
+        return f"every operator runs on plain PyTorch on {torch.device(device_type, index)}: {problem}"
+    missing = [op for op in OPERATORS if _find_kernel(op, device_type, index)[0] is None]
+    return f"on {device_type}, plain PyTorch runs {', '.join(missing)}: the compiled module has no kernel for them"
+
+
+@functools.cache  # once a process
+def _warn_once(text: str) -> None:
+    """Warn as if from the line that called the operator, the first one outside this package and torch."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, level)
+
+
+def _device_problem(device_type: str, index: int | None) -> str | None:
+    """Why no native kernel at all can run on this device, or None."""
+    if device_type not in ("cpu", "cuda"):
+        return f"native kernels exist for cpu and cuda only, not for {device_type}"
+    return _core_problem if device_type == "cpu" else _cuda_problem(index)
 
 
 @functools.cache
@@ -152,7 +185,32 @@ def _cuda_problem(index: int | None) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, what this machine has and which backend serves each operator, as plain JSON types."""
+    """What was built, what this machine has and which backend serves each operator, as plain JSON types.
+
+    Keys:
+        version: str, of dimo-ext; "unknown" where it runs from a folder that was never installed.
+        torch: str, torch's version.
+        backend: str, the choice in force: "auto", "native" or "reference".
+        native_module: str or None, the path of the compiled module.
+        native_problem: str or None, why there is no compiled module.
+        compiler: str or None, the C++ compiler of the compiled module and its version.
+        build_type: str or None, CMake's build type: "Release" unless it was chosen.
+        cuda_toolkit: str or None, the version of the nvcc that compiled the CUDA kernels; None without them.
+        cuda_architectures: list of str, CMake's names of what they were compiled for, such as "90".
+        cuda_driver: dict of usable (bool), problem (str or None, why not), driver_version and runtime_version (int,
+            13000 is CUDA 13.0, 0 is none).
+        operators: dict from each operator to a dict from "cpu" and "cuda" (the current GPU) to backend ("native" or
+            "reference", what a call would run on) and problem (str or None, why not natively).
+        gpus: list of a dict for each GPU that torch finds: name (str), memory_bytes (int), capability ([int, int]).
+        cpu: dict of name (str) and threads (int, those that torch and the kernels use).
+
+    Example:
+        >>> info = build_info()
+        >>> sorted(info["operators"]["mask_tokens"])
+        ['cpu', 'cuda']
+        >>> (info["native_module"] is None) == (info["native_problem"] is not None)
+        True
+    """
     return {
         "version": _version(),
         "torch": str(torch.__version__),

@@ -7,15 +7,16 @@ them would wait for it: they are checked under DIMO_EXT_DEBUG=1 alone.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._environment import switched_on
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DEBUG = os.environ.get("DIMO_EXT_DEBUG", "0") not in ("", "0")
+DEBUG = switched_on("DIMO_EXT_DEBUG")
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -71,6 +72,7 @@ def check_reduction(reduction: str, logits: Tensor) -> None:
 def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
     """Raise unless ``logits`` is a floating-point ``[..., V]`` tensor, V >= 1 (of the shape and device of ``like``)."""
     require_type(logits, Tensor, name, "a floating-point tensor [..., V]")
+    require(logits.layout == torch.strided, name, "a dense tensor", f"layout {logits.layout}")
     require(logits.dtype in FLOATS, name, "dtype float32, float16, bfloat16 or float64", logits.dtype, TypeError)
     require(logits.dim() >= 1 and logits.shape[-1] >= 1, name, "shape [..., V] with V >= 1", list(logits.shape))
     if like is not None:

@@ -10,7 +10,44 @@ from ._checks import check_number, require
 
 @dataclass(frozen=True)
 class Divergence:
-    """D_f(p ‖ q) = Σ_v q_v f(p_v / q_v), with f convex and f(1) = 0; ``str()`` gives the form that operators take."""
+    """The base of all divergences: D_f(p ‖ q) = Σ_v q_v f(p_v / q_v) with f convex and f(1) = 0.
+
+    p is the teacher's distribution of a token, q the auxiliary's. Operators take an object or its string:
+
+    - ``ForwardKL()`` or ``"forward_kl"``
+    - ``ReverseKL()`` or ``"reverse_kl"``
+    - ``Jeffreys(beta)`` or ``"jeffreys:<beta>"``
+    - ``JensenShannon(pi)`` or ``"jensen_shannon:<pi>"``; pi is 0.5 where it is left out
+    - ``SquaredHellinger()`` or ``"squared_hellinger"``
+    - ``TotalVariation()`` or ``"total_variation"``
+    - ``PearsonChi2()`` or ``"pearson_chi2"``
+    - ``NeymanChi2()`` or ``"neyman_chi2"``
+    - ``Alpha(alpha)`` or ``"alpha:<alpha>"``
+    - ``LeCam()`` or ``"le_cam"``
+
+    A parameter that is no number in its range raises ValueError or TypeError.
+
+    Example:
+        >>> str(Jeffreys(-0.2))
+        'jeffreys:-0.2'
+        >>> JensenShannon()
+        JensenShannon(pi=0.5)
+        >>> names = ["forward_kl", "reverse_kl", "jeffreys:0.5", "jensen_shannon", "squared_hellinger",
+        ...          "total_variation", "pearson_chi2", "neyman_chi2", "alpha:2", "le_cam"]
+        >>> p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])
+        >>> for name in names:
+        ...     print(f"{name:18}{token_divergence(p.log(), q.log(), name):.4f}")
+        forward_kl        0.0851
+        reverse_kl        0.0920
+        jeffreys:0.5      0.0886
+        jensen_shannon    0.0219
+        squared_hellinger 0.0440
+        total_variation   0.2000
+        pearson_chi2      0.1633
+        neyman_chi2       0.2071
+        alpha:2           0.0817
+        le_cam            0.0867
+    """
 
     name: ClassVar[str] = ""
     parameters: ClassVar[tuple[str, ...]] = ()
@@ -125,8 +162,18 @@ def parse_divergence(divergence: str | Divergence) -> Divergence:
     Args:
         divergence: a name, a colon and the parameter where there is one; an object is returned as it is.
 
+    Returns:
+        The divergence, an object of a subclass of :class:`Divergence`.
+
     Raises:
+        TypeError: neither a string nor a divergence.
         ValueError: an unknown name (the valid ones are listed), a missing, surplus or malformed parameter.
+
+    Example:
+        >>> parse_divergence("jeffreys:-0.2")
+        Jeffreys(beta=-0.2)
+        >>> parse_divergence("jensen_shannon")
+        JensenShannon(pi=0.5)
     """
     if isinstance(divergence, Divergence):
         return divergence

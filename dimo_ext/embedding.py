@@ -49,7 +49,7 @@ def perturb_embeddings(
     """σ·scale·ε + sqrt(1-σ²)·embeddings with ε standard normal; the gradient is sqrt(1-σ²) × upstream.
 
     Args:
-        embeddings: ``[..., D]`` float32, float16, bfloat16 or float64, the first dimension is the batch.
+        embeddings: ``[B, ..., D]`` float32, float16, bfloat16 or float64.
         sigma: σ in [0, 1]; 0 returns the embeddings unchanged and draws nothing.
         scale: of the noise, a float >= 0 or a scalar tensor (for example the embedding table's RMS); a constant.
         generator: where the key is drawn from; None = the device's default generator.
@@ -60,6 +60,11 @@ def perturb_embeddings(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> perturb_embeddings(torch.ones(2, 3), 0.6, scale=0.02, key=random_key(0))
+        tensor([[0.8181, 0.7948, 0.8127],
+                [0.7968, 0.8153, 0.7860]])
     """
     check_logits(embeddings, "embeddings")
     require(embeddings.dim() >= 2, "embeddings", "shape [B, ..., D]", list(embeddings.shape))

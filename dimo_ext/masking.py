@@ -31,7 +31,12 @@ _LIB.define(
 
 
 class MaskedTokens(NamedTuple):
-    """Tokens with [MASK] at the masked positions, and the boolean mask (True = masked), both ``[B, L]``."""
+    """What :func:`mask_tokens` returns.
+
+    Attributes:
+        tokens: int64 ``[B, L]`` or ``[L]``, with the mask id at the masked positions.
+        mask: bool of the same shape, True = masked.
+    """
 
     tokens: Tensor
     mask: Tensor
@@ -105,10 +110,17 @@ def mask_tokens(
         key: int64 ``[2]`` or ``[B, 2]`` from :func:`random_key`; the draws are a pure function of it.
 
     Returns:
-        ``MaskedTokens(tokens, mask)``.
+        ``MaskedTokens(tokens, mask)``, both of the shape of ``tokens``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 2, 7, 1], [3, 3, 0, 6]])
+        >>> mask_tokens(tokens, 0.5, mask_id=8, key=random_key(0))
+        MaskedTokens(tokens=tensor([[8, 2, 7, 8],
+                [8, 3, 8, 6]]), mask=tensor([[ True, False, False,  True],
+                [ True, False,  True, False]]))
     """
     require_type(tokens, Tensor, "tokens", "an int64 tensor [B, L]")
     require(tokens.dtype == torch.int64, "tokens", "dtype int64", tokens.dtype, TypeError)
@@ -154,6 +166,11 @@ def init_tokens(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> init_tokens(2, 6, vocab_size=100, mask_id=100, r_init=0.5, key=random_key(0))
+        tensor([[100,   1,  92, 100, 100,  84],
+                [100, 100,  37,  50, 100,  92]])
     """
     check_integer(batch_size, "batch_size", low=0)
     check_integer(seq_len, "seq_len", low=0, high=65536)

@@ -57,8 +57,19 @@ def random_key(seed: int | Sequence[int], offset: int = 0, *, device: torch.devi
         offset: position in the seed's stream, in the same range; another offset gives independent draws.
         device: where the key lives; it must be the device of the operator's other tensors.
 
+    Returns:
+        The key, a tensor that operators take as ``key``.
+
     Raises:
-        TypeError: seed or offset is no integer. ValueError: out of range, an empty sequence, or no such device.
+        TypeError: seed or offset is no integer.
+        ValueError: one is out of range, the sequence is empty, or the machine has no such device.
+
+    Example:
+        >>> random_key(7)
+        tensor([7, 0])
+        >>> random_key([7, 8], offset=3)
+        tensor([[7, 3],
+                [8, 3]])
     """
     device = None if device is None else check_device(device)
     offset = _as_int64("offset", offset)
@@ -78,6 +89,16 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
 
     Returns:
         A key on the same device, of shape ``[*broadcast, 2]``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> key = random_key(7)
+        >>> fold_in(key, 1)
+        tensor([-2652844570741153158,  -158811585324974061])
+        >>> fold_in(key, torch.arange(3)).shape  # a key each for three samples
+        torch.Size([3, 2])
     """
     check_key(key)
     if not isinstance(n, Tensor):

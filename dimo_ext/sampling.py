@@ -27,7 +27,12 @@ _LIB.define(
 
 
 class CategoricalSample(NamedTuple):
-    """Drawn ids, int64 ``[...]``, and their log-probability under the distribution drawn from, float32 ``[...]``."""
+    """What :func:`sample_categorical` returns.
+
+    Attributes:
+        tokens: int64 ``[...]``, the drawn ids.
+        log_prob: float32 ``[...]``, their log-probability under the distribution that they were drawn from.
+    """
 
     tokens: Tensor
     log_prob: Tensor
@@ -82,6 +87,11 @@ def sample_categorical(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 2.0, 1.0, -torch.inf]]).repeat(2, 1)
+        >>> sample_categorical(logits, top_k=2, key=random_key(0))
+        CategoricalSample(tokens=tensor([2, 1]), log_prob=tensor([-1.3133, -0.3133]))
     """
     check_logits(logits, "logits")
     check_logit_values(logits, "logits")

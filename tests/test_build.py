@@ -1,6 +1,7 @@
 """What the build says about itself, how the backend is chosen, and that the library survives without compiled code."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -9,6 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
+import warnings
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -17,6 +21,7 @@ import torch
 
 import dimo_ext
 from dimo_ext import _backend
+from dimo_ext._environment import switched_on
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(dimo_ext.__file__).parent
@@ -103,33 +108,146 @@ def test_native_without_a_kernel_says_why(device: str) -> None:
         _backend.native_kernel("mask_tokens", torch.device(device))
 
 
-@native
-def test_native_on_an_operator_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "OPERATORS", (*_backend.OPERATORS, "future"))
-    with dimo_ext.use_backend("auto"):
-        assert _backend.native_kernel("future", CPU) is None
-    with dimo_ext.use_backend("native"), pytest.raises(RuntimeError, match="no cpu kernel for future"):
-        _backend.native_kernel("future", CPU)
-
-
 def test_unregistered_operator() -> None:
     with dimo_ext.use_backend("auto"), pytest.raises(ValueError, match=r"operator 'nonsense'.*mask_tokens"):
         _backend.native_kernel("nonsense", CPU)
 
 
-@native
-def test_a_gpu_without_kernels_is_announced_once() -> None:
-    if _backend._cuda_problem(99) is None:
-        pytest.skip("this GPU is served")
-    script = """
-        import torch
-        from dimo_ext._backend import native_kernel
-        for _ in range(2):
-            assert native_kernel("mask_tokens", torch.device("cuda", 99)) is None
-    """
-    result = run_python(script, DIMO_EXT_BACKEND="auto")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("cuda:99 is served by plain PyTorch: ") == 1
+# ------------------------------------------------------- another compiled module: kernels missing, or a driver too old
+
+SERVED, MISSING = ("mask_tokens", "fold_in"), ("token_divergence", "sample_categorical", "init_tokens")
+OLD_DRIVER = "the driver is too old (the driver supports CUDA 11.0, the module was built with CUDA 13.0)"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, driver: tuple[bool, str, int, int], device_problem: str = "") -> None:
+    """Let dimo_ext see a compiled module with kernels for SERVED alone, this driver, and a GPU with this problem."""
+    kernels = {f"{device}_{op}": object() for device in ("cpu", "cuda") for op in SERVED}
+    built = {"compiler": "GNU 13", "build_type": "Release", "cuda_toolkit": "13.0", "cuda_architectures": ["90"]}
+    module = types.SimpleNamespace(
+        **kernels, **built, __file__="_core.so", cuda_driver_status=lambda: driver,
+        cuda_device_problem=lambda index: device_problem,
+    )  # fmt: skip
+    monkeypatch.setattr(_backend, "_core", module)
+    monkeypatch.setattr(_backend, "_core_problem", None)
+    for name in ("_announce", "_find_kernel", "_cuda_problem", "_warn_once"):  # with caches of their own, still empty
+        monkeypatch.setattr(_backend, name, functools.cache(getattr(_backend, name).__wrapped__))
+
+
+def announcements(calls: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught, dimo_ext.use_backend("auto"):
+        warnings.simplefilter("always")
+        calls()
+    return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+
+
+def look_up_all(*devices: str) -> None:
+    for _ in range(2):
+        for op in (*SERVED, *MISSING):
+            for device in devices:
+                assert (_backend.native_kernel(op, torch.device(device)) is not None) == (op in SERVED)
+
+
+def test_operators_without_a_kernel_are_announced_once_a_device_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000))
+    missing = [op for op in _backend.OPERATORS if op not in SERVED]
+    assert announcements(lambda: look_up_all("cpu", "cuda:0", "cuda:1")) == [
+        f"dimo_ext: on {device}, plain PyTorch runs {', '.join(missing)}: the compiled module has no kernel for them"
+        for device in ("cpu", "cuda")
+    ]
+
+
+def test_native_never_falls_back_where_an_operator_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000))
+    with dimo_ext.use_backend("native"):
+        for device in ("cpu", "cuda:0"):
+            kind = torch.device(device).type
+            for op in MISSING:
+                reason = f"^{op} has no native .* {device}: the compiled module has no {kind} kernel for {op}$"
+                with pytest.raises(RuntimeError, match=reason):
+                    _backend.native_kernel(op, torch.device(device))
+            for op in SERVED:
+                assert _backend.native_kernel(op, torch.device(device)) is getattr(_backend._core, f"{kind}_{op}")
+
+
+def test_an_announcement_points_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000))
+    logits = torch.zeros(2, 3)
+    with dimo_ext.use_backend("auto"), pytest.warns(RuntimeWarning, match="dimo_ext: on cpu, ") as caught:
+        dimo_ext.token_divergence(logits, logits, "forward_kl")
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_compiled_code_announces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000))
+    torch.compiler.reset()
+    logits = torch.zeros(2, 3)
+    step = torch.compile(lambda x: dimo_ext.token_divergence(x, x, "forward_kl"), fullgraph=True, backend="aot_eager")
+    (said,) = announcements(lambda: (step(logits), step(logits)))
+    assert said.startswith("dimo_ext: on cpu, ")
+
+
+def test_the_reference_is_chosen_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000))
+
+    def calls() -> None:
+        with dimo_ext.use_backend("reference"):
+            dimo_ext.token_divergence(torch.zeros(2, 3), torch.zeros(2, 3), "forward_kl")
+
+    assert announcements(calls) == []
+
+
+def test_an_old_driver_is_the_reason_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(False, OLD_DRIVER, 11000, 13000))
+    gpu = torch.device("cuda", 0)
+    with dimo_ext.use_backend("auto"):
+        info = dimo_ext.build_info()
+    assert info["cuda_driver"] == {
+        "usable": False, "problem": OLD_DRIVER, "driver_version": 11000, "runtime_version": 13000
+    }  # fmt: skip
+    assert {op["cuda"]["backend"] for op in info["operators"].values()} == {"reference"}
+    assert {op["cuda"]["problem"] for op in info["operators"].values()} == {OLD_DRIVER}
+    assert info["operators"]["mask_tokens"]["cpu"] == {"backend": "native", "problem": None}
+    with dimo_ext.use_backend("native"), pytest.raises(RuntimeError, match=re.escape(f"on cuda:0: {OLD_DRIVER}")):
+        _backend.native_kernel("mask_tokens", gpu)
+    found = []
+    said = announcements(lambda: found.extend(_backend.native_kernel(op, gpu) for op in _backend.OPERATORS))
+    assert found == [None] * len(_backend.OPERATORS)
+    assert said == [f"dimo_ext: every operator runs on plain PyTorch on cuda:0: {OLD_DRIVER}"]
+
+
+def test_a_gpu_that_the_module_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, driver=(True, "", 13000, 13000), device_problem="no kernel image")
+    said = announcements(lambda: [_backend.native_kernel("mask_tokens", torch.device("cuda", i)) for i in (0, 1, 0)])
+    assert said == [f"dimo_ext: every operator runs on plain PyTorch on cuda:{i}: no kernel image" for i in (0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------- switches
+
+
+@pytest.mark.parametrize("value", ["1", "true", "On", "YES"])
+def test_switched_on(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIMO_EXT_DEBUG", value)
+    assert switched_on("DIMO_EXT_DEBUG")
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "False", "off", "NO"])
+def test_switched_off(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIMO_EXT_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("DIMO_EXT_DEBUG", value)
+    assert not switched_on("DIMO_EXT_DEBUG")
+
+
+def test_a_misspelt_switch_is_named() -> None:
+    result = run_python("import dimo_ext", DIMO_EXT_REQUIRE_NATIVE="ture")
+    assert result.returncode != 0
+    choices = "1, true, on, yes, 0, false, off, no or unset"
+    assert f"ValueError: DIMO_EXT_REQUIRE_NATIVE must be one of {choices}, got 'ture'" in result.stderr
+
+
+def test_the_debug_switch_reaches_the_checks() -> None:
+    script = "import dimo_ext, torch; dimo_ext.sample_categorical(torch.full((2, 3), torch.nan))"
+    assert "ValueError: logits: expected" in run_python(script, DIMO_EXT_DEBUG="yes").stderr
 
 
 # ------------------------------------------------------------------------------- imports that meet a broken install
@@ -166,8 +284,13 @@ def test_damaged_install_runs_on_the_reference(damaged: Path) -> None:
     assert Path(file).is_relative_to(damaged)
     assert masked == "10"
     assert "compiled module" in problem
-    assert result.stderr.count("RuntimeWarning: dimo_ext: running on plain PyTorch") == 1
+    assert result.stderr.count("RuntimeWarning: dimo_ext: every operator runs on plain PyTorch: ") == 1
     assert "pip install" in result.stderr
+
+
+def test_damaged_install_imports_even_where_warnings_are_errors(damaged: Path) -> None:
+    result = run_python("import warnings; warnings.simplefilter('error'); import dimo_ext", damaged)
+    assert result.returncode == 0, result.stderr
 
 
 def test_damaged_install_is_quiet_when_the_reference_is_wanted(damaged: Path) -> None:
