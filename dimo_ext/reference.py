@@ -204,9 +204,13 @@ def token_divergence(
     counted = (z_p.amax(-1) != -math.inf) & (z_q.amax(-1) != -math.inf)
     counted = counted if mask is None else counted & mask
     log_p, log_q = _log_softmax(z_p, teacher_temperature), _log_softmax(z_q, auxiliary_temperature)
+    log_ratio = log_p - log_q
     if teacher_log_floor is not None:  # ids that neither side knows stay out
         log_p = log_p.clamp(min=teacher_log_floor).where((log_p > -math.inf) | (log_q > -math.inf), -math.inf)
-    value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q)
+        log_ratio = log_p - log_q
+    elif teacher_temperature == auxiliary_temperature:
+        log_ratio = _log_ratio(z_p, z_q, teacher_temperature)
+    value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q, log_ratio)
     value = torch.where(counted, value, 0.0)
     loss = _weighted(value, factor, reduce)
     if not need_gradient:
@@ -217,19 +221,22 @@ def token_divergence(
     return loss, zeroed.sum(), stored
 
 
-def divergence_terms(divergence: names.Divergence, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def divergence_terms(
+    divergence: names.Divergence, log_p: Tensor, log_q: Tensor, log_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
     """Σ_v q f(u) ``[...]`` and q·g(u) ``[..., V]``, where g = f - u f' and ∂D/∂z_q = q·g - q·Σ q·g.
 
     A constant added to g changes no gradient, c·(u - 1) added to f changes no value: each f is taken in the form with
     f ≥ 0 and f'(1) = 0, so that no large terms cancel where the distributions nearly agree.
     """
     if isinstance(divergence, names.Jeffreys):
-        return _jeffreys(divergence.beta, log_p, log_q)
+        return _jeffreys(divergence.beta, log_p, log_q, log_ratio)
     terms, limits = _FORMULAS[type(divergence)](divergence)
     no_p, no_q = log_p == -math.inf, log_q == -math.inf
     log_p_safe, log_q_safe = log_p.masked_fill(no_p, 0.0), log_q.masked_fill(no_q, 0.0)
+    x = log_ratio.masked_fill(no_p | no_q, 0.0)
     p, q = log_p.exp(), log_q.exp()
-    value, pull = terms(p, q, log_p_safe, log_q_safe)
+    value, pull = terms(p, q, x, log_p_safe, log_q_safe)
     value = _at_limits(value, p, q, no_p, no_q, limits.value_no_p, limits.value_no_q)
     pull = _at_limits(pull, p, q, no_p, no_q, limits.pull_no_p, limits.pull_no_q)
     return value.sum(-1), pull
@@ -244,7 +251,8 @@ class _Limits(NamedTuple):
     pull_no_q: float
 
 
-_Terms = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Of p, q, x = log(p/q), log p, log q.
+_Terms = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _at_limits(x: Tensor, p: Tensor, q: Tensor, no_p: Tensor, no_q: Tensor, at_no_p: float, at_no_q: float) -> Tensor:
@@ -253,10 +261,10 @@ def _at_limits(x: Tensor, p: Tensor, q: Tensor, no_p: Tensor, no_q: Tensor, at_n
     return torch.where(no_p & no_q, 0.0, x)
 
 
-def _jeffreys(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def _jeffreys(beta: float, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """(1-β) KL(p‖q) + β KL(q‖p); a term of weight 0 is left out, infinities of opposite sign give +inf."""
     parts = [(1.0 - beta, names.ForwardKL()), (beta, names.ReverseKL())]
-    parts = [(weight, *divergence_terms(kl, log_p, log_q)) for weight, kl in parts if weight != 0.0]
+    parts = [(weight, *divergence_terms(kl, log_p, log_q, log_ratio)) for weight, kl in parts if weight != 0.0]
     values = torch.stack([weight * value for weight, value, _ in parts])
     value = torch.where((values == math.inf).any(0), math.inf, values.sum(0))
     return value, sum(weight * pull for weight, _, pull in parts)
@@ -280,15 +288,15 @@ def _kl_term(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward_kl(_: names.ForwardKL) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        return _kl_term(p, q, log_p - log_q), -p
+    def terms(p, q, x, log_p, log_q):
+        return _kl_term(p, q, x), -p
 
     return terms, _Limits(1.0, math.inf, 0.0, -1.0)
 
 
 def _reverse_kl(_: names.ReverseKL) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        return _kl_term(q, p, log_q - log_p), q * (log_q - log_p)
+    def terms(p, q, x, log_p, log_q):
+        return _kl_term(q, p, -x), -q * x
 
     return terms, _Limits(math.inf, 1.0, math.inf, 0.0)
 
@@ -296,18 +304,18 @@ def _reverse_kl(_: names.ReverseKL) -> tuple[_Terms, _Limits]:
 def _jensen_shannon(divergence: names.JensenShannon) -> tuple[_Terms, _Limits]:
     pi, rest = divergence.pi, 1.0 - divergence.pi
 
-    def terms(p, q, log_p, log_q):
-        log_m = torch.logaddexp(log_p + math.log(pi), log_q + math.log(rest))
-        m = pi * p + rest * q
-        value = pi * _kl_term(p, m, log_p - log_m) + rest * _kl_term(q, m, log_q - log_m)
-        return value, rest * q * (log_q - log_m)
+    def terms(p, q, x, log_p, log_q):
+        # m = pi·p + rest·q; log(m / the larger of p and q) = log1p(the smaller one's weight · (their ratio - 1))
+        shift = torch.log1p(torch.where(x < 0, pi, rest) * torch.expm1(-x.abs()))
+        m, p_over_m, q_over_m = pi * p + rest * q, x.clamp(max=0.0) - shift, -x.clamp(min=0.0) - shift
+        value = pi * _kl_term(p, m, p_over_m) + rest * _kl_term(q, m, q_over_m)
+        return value, rest * q * q_over_m
 
     return terms, _Limits(-rest * math.log(rest), -pi * math.log(pi), -rest * math.log(rest), 0.0)
 
 
 def _squared_hellinger(_: names.SquaredHellinger) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         half = torch.expm1(0.5 * x.clamp(-1, 1))
         value = torch.where(_near(x), q * half * half, (p.sqrt() - q.sqrt()).square())
         return value, torch.where(_near(x), -q * half, q - torch.exp(0.5 * (log_p + log_q)))
@@ -316,8 +324,7 @@ def _squared_hellinger(_: names.SquaredHellinger) -> tuple[_Terms, _Limits]:
 
 
 def _total_variation(_: names.TotalVariation) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         value = torch.where(_near(x), q * torch.expm1(x.clamp(-1, 1)).abs(), (p - q).abs())
         return 0.5 * value, -0.5 * q * torch.sign(x)
 
@@ -325,8 +332,7 @@ def _total_variation(_: names.TotalVariation) -> tuple[_Terms, _Limits]:
 
 
 def _pearson_chi2(_: names.PearsonChi2) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         near = x.clamp(-1, 1)
         ratio = torch.exp(log_p + x)  # p²/q
         value = torch.where(_near(x), q * torch.expm1(near).square(), ratio - 2.0 * p + q)
@@ -336,8 +342,7 @@ def _pearson_chi2(_: names.PearsonChi2) -> tuple[_Terms, _Limits]:
 
 
 def _neyman_chi2(_: names.NeymanChi2) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         near = x.clamp(-1, 1)
         ratio = torch.exp(log_q - x)  # q²/p
         value = torch.where(_near(x), -q * torch.expm1(near) * torch.expm1(-near), ratio - 2.0 * q + p)
@@ -352,8 +357,7 @@ def _alpha(divergence: names.Alpha) -> tuple[_Terms, _Limits]:
 
     reach = min(1.0, 80.0 / abs(a))  # exp(a·x) stays finite in float32
 
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         near, is_near = x.clamp(-reach, reach), x.abs() < reach
         power = torch.exp(log_q + a * x)  # p^α q^(1-α)
         value = torch.where(
@@ -366,8 +370,7 @@ def _alpha(divergence: names.Alpha) -> tuple[_Terms, _Limits]:
 
 
 def _le_cam(_: names.LeCam) -> tuple[_Terms, _Limits]:
-    def terms(p, q, log_p, log_q):
-        x = log_p - log_q
+    def terms(p, q, x, log_p, log_q):
         t = torch.tanh(0.5 * x)  # (p-q)/(p+q)
         difference = torch.where(_near(x), q * torch.expm1(x.clamp(-1, 1)), p - q)
         return difference * t, -q * t * (2.0 + t)
@@ -413,6 +416,13 @@ def _tempered(z: Tensor, temperature: float) -> Tensor:
     return (z - torch.where(top == -math.inf, 0.0, top)) / temperature
 
 
+def _log_ratio(z_p: Tensor, z_q: Tensor, temperature: float) -> Tensor:
+    """Take log p - log q from the logits' difference, exact where they nearly agree; NaN where both are -inf."""
+    top_p, top_q = z_p.amax(-1, keepdim=True), z_q.amax(-1, keepdim=True)
+    sums = [_tempered(z, temperature).logsumexp(-1, keepdim=True) for z in (z_p, z_q)]
+    return ((z_p - z_q) - (top_p - top_q)) / temperature - (sums[0] - sums[1])
+
+
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     """Take log softmax(z / temperature) with no NaN: a row without a finite logit becomes all -inf."""
     z = _tempered(z, temperature)
@@ -434,10 +444,11 @@ def _stored(receiver: Tensor, gradient: Tensor, factor: Tensor | None, counted: 
 
     Rows that are not counted, or cannot be held, are 0.
     """
+    if factor is not None:
+        counted = counted & (factor != 0)
     factor = factor_in_forward(receiver, factor)
     if factor is not None:
         gradient = gradient * factor[..., None]
-        counted = counted & (factor != 0)
     stored = torch.empty_like(receiver).copy_(gradient)
     usable = torch.isfinite(stored).all(-1)
     return stored.masked_fill_(~(counted & usable)[..., None], 0.0), counted & ~usable
