@@ -238,6 +238,35 @@ RowShape row_shape(const std::vector<int64_t>& sizes) {
   return shape;
 }
 
+TokenDivergenceArgs token_divergence_args(DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+                                          const std::array<std::optional<LogitsArgument>, 4>& logits,
+                                          const std::tuple<double, Address, int64_t>& guidance,
+                                          const std::array<double, 3>& temperatures_and_floor, Address mask,
+                                          const std::tuple<Address, int64_t, bool>& factor, Address value,
+                                          Address zeroed) {
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {kind,
+          parameter,
+          shape,
+          logit_rows(logits[0], dims),
+          logit_rows(logits[1], dims),
+          logit_rows(logits[2], dims),
+          logit_rows(logits[3], dims),
+          static_cast<float>(std::get<0>(guidance)),
+          pointer<const float>(std::get<1>(guidance)),
+          std::get<2>(guidance),
+          static_cast<float>(temperatures_and_floor[0]),
+          static_cast<float>(temperatures_and_floor[1]),
+          static_cast<float>(temperatures_and_floor[2]),
+          pointer<const bool>(mask),
+          pointer<const float>(std::get<0>(factor)),
+          std::get<1>(factor),
+          std::get<2>(factor),
+          pointer<float>(value),
+          pointer<int64_t>(zeroed)};
+}
+
 void define_token_divergence(py::module_& m) {
   using py::arg;
   py::enum_<DivergenceKind>(m, "DivergenceKind")
@@ -251,29 +280,37 @@ void define_token_divergence(py::module_& m) {
       .value("NeymanChi2", DivergenceKind::neyman_chi2)
       .value("Alpha", DivergenceKind::alpha)
       .value("LeCam", DivergenceKind::le_cam);
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
   m.def(
       "cpu_token_divergence",
-      [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes, const LogitsArgument& teacher,
-         const std::optional<LogitsArgument>& uncond, const LogitsArgument& auxiliary,
-         const std::optional<LogitsArgument>& gradient, double guidance_scale, Address guidance,
-         int64_t rows_per_sample, double teacher_temperature, double auxiliary_temperature, double teacher_log_floor,
-         Address mask, Address factor, int64_t factor_stride, bool factor_in_gradient, Address value, Address zeroed,
+      [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+         const std::array<std::optional<LogitsArgument>, 4>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
          int num_threads) {
-        const RowShape shape = row_shape(sizes);
-        const size_t dims = static_cast<size_t>(shape.dims);
-        cpu::token_divergence(
-            {kind, parameter, shape, logit_rows(teacher, dims), logit_rows(uncond, dims), logit_rows(auxiliary, dims),
-             logit_rows(gradient, dims), static_cast<float>(guidance_scale), pointer<const float>(guidance),
-             rows_per_sample, static_cast<float>(teacher_temperature), static_cast<float>(auxiliary_temperature),
-             static_cast<float>(teacher_log_floor), pointer<const bool>(mask), pointer<const float>(factor),
-             factor_stride, factor_in_gradient, pointer<float>(value), pointer<int64_t>(zeroed)},
-            num_threads);
+        cpu::token_divergence(token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor,
+                                                    mask, factor, value, zeroed),
+                              num_threads);
       },
-      arg("kind"), arg("parameter"), arg("sizes"), arg("teacher"), arg("uncond"), arg("auxiliary"), arg("gradient"),
-      arg("guidance_scale"), arg("guidance"), arg("rows_per_sample"), arg("teacher_temperature"),
-      arg("auxiliary_temperature"), arg("teacher_log_floor"), arg("mask"), arg("factor"), arg("factor_stride"),
-      arg("factor_in_gradient"), arg("value"), arg("zeroed"), arg("num_threads"),
-      py::call_guard<py::gil_scoped_release>());
+      arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("num_threads"), no_gil,
+      "logits: teacher, unconditional, auxiliary, gradient; guidance: scale, scales, rows a sample; factor: address, "
+      "stride, whether the gradient includes it.");
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_token_divergence",
+      [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+         const std::array<std::optional<LogitsArgument>, 4>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
+         int device_index, Address stream) {
+        on_device(device_index, stream, "token_divergence", &cuda::token_divergence,
+                  token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor, mask, factor,
+                                        value, zeroed));
+      },
+      arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("device_index"), arg("stream"), no_gil);
+#endif
 }
 
 void define_init_tokens(py::module_& m) {

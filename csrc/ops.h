@@ -101,6 +101,7 @@ namespace cuda {
 int fold_in(const FoldInArgs& args, void* stream);
 int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
+int token_divergence(const TokenDivergenceArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import (
-    factor_in_forward,
     needs_gradient,
     refuse_forward_mode,
     register_saved_gradient,
@@ -59,12 +58,13 @@ def _token_divergence(
     zeroed = torch.zeros((), dtype=torch.int64, device=teacher.device)
     mask, factor = (None if t is None else t.contiguous() for t in (mask, factor))
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
+    floor = -math.inf if teacher_log_floor is None else teacher_log_floor
     kernel(
-        *_kernel_divergence(parse_divergence(divergence)), teacher.shape, logit_rows(teacher), logit_rows(uncond),
-        logit_rows(auxiliary), logit_rows(gradient if need_gradient else None), guidance_scale, address(guidance),
-        rows_per_sample(teacher), teacher_temperature, auxiliary_temperature,
-        -math.inf if teacher_log_floor is None else teacher_log_floor, address(mask), address(factor),
-        int(factor is not None and factor.dim() > 0), factor_in_forward(receiver, factor) is not None,
+        *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
+        [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient if need_gradient else None)],
+        (guidance_scale, address(guidance), rows_per_sample(teacher)),
+        (teacher_temperature, auxiliary_temperature, floor), address(mask),
+        (address(factor), 1 if factor is not None and factor.dim() else 0, receiver.dtype != torch.float16),
         value.data_ptr(), zeroed.data_ptr(), *placement(teacher.device),
     )  # fmt: skip
     return value.sum() if reduce else value, zeroed, gradient

@@ -42,7 +42,7 @@ DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
   typename Math::F series = Math::splat(1.0f / 39916800.0f);
   constexpr float kCoefficients[] = {1.0f / 3628800, 1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720,
                                      1.0f / 120,     1.0f / 24,     1.0f / 6,     1.0f / 2};
-#pragma GCC unroll 9
+  DIMO_UNROLL
   for (int i = 0; i < 9; ++i) series = Math::fma(series, y, Math::splat(kCoefficients[i]));
   return series * y * y;
 }
@@ -65,7 +65,7 @@ DIMO_HOST_DEVICE inline BothSigns<typename Math::F> expm1_minus_both(typename Ma
   F even = Math::splat(1.0f / 3628800), odd = Math::splat(1.0f / 39916800);
   constexpr float kEven[] = {1.0f / 40320, 1.0f / 720, 1.0f / 24, 1.0f / 2};
   constexpr float kOdd[] = {1.0f / 362880, 1.0f / 5040, 1.0f / 120, 1.0f / 6};
-#pragma GCC unroll 4
+  DIMO_UNROLL
   for (int i = 0; i < 4; ++i) {
     even = Math::fma(even, square, Math::splat(kEven[i]));
     odd = Math::fma(odd, square, Math::splat(kOdd[i]));
