@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/philox.h"
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -137,6 +139,29 @@ void define_build_info(py::module_& m) {
         "Why this module's kernels cannot run on a device; empty if they can. Creates the device's context.");
 }
 
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+
+void define_isa(py::module_& m) {
+  m.def(
+      "cpu_isa", [] { return kIsaNames[static_cast<int>(cpu::current_isa())]; },
+      "Instruction set that SIMD kernels use.");
+  m.def(
+      "cpu_isas",
+      [] {
+        const int widest = static_cast<int>(cpu::widest_isa());
+        return std::vector<std::string>(kIsaNames, kIsaNames + widest + 1);
+      },
+      "Instruction sets that this machine runs, the widest last.");
+  m.def(
+      "choose_cpu_isa",
+      [](const std::string& name) {
+        for (int i = 0; i <= static_cast<int>(cpu::widest_isa()); ++i)
+          if (name == kIsaNames[i]) return cpu::choose_isa(static_cast<cpu::Isa>(i));
+        throw std::invalid_argument("this machine has no CPU instruction set " + name);
+      },
+      py::arg("name"), "Use another instruction set in this process; for tests and benchmarks.");
+}
+
 void define_fold_in(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -189,6 +214,105 @@ void define_mask_tokens(py::module_& m) {
 #endif
 }
 
+// A tensor of logits: address, storage type, strides in elements (the vocabulary's last).
+using LogitsArgument = std::tuple<Address, int, std::vector<int64_t>>;
+
+LogitRows logit_rows(const std::optional<LogitsArgument>& argument, size_t dims) {
+  LogitRows rows = {};
+  if (!argument) return rows;
+  const auto& [address, dtype, strides] = *argument;
+  if (strides.size() != dims + 1) throw std::invalid_argument("token_divergence: one stride a dimension is needed");
+  rows.data = pointer<void>(address);
+  rows.dtype = static_cast<DType>(dtype);
+  rows.vocab_stride = strides.back();
+  std::copy(strides.begin(), strides.end() - 1, rows.strides);
+  return rows;
+}
+
+RowShape row_shape(const std::vector<int64_t>& sizes) {
+  if (sizes.empty() || sizes.size() > kMaxDims + 1)
+    throw std::invalid_argument("logits must have 1 to " + std::to_string(kMaxDims + 1) + " dimensions");
+  RowShape shape = {1, sizes.back(), static_cast<int32_t>(sizes.size()) - 1, {}};
+  std::copy(sizes.begin(), sizes.end() - 1, shape.sizes);
+  for (int d = 0; d < shape.dims; ++d) shape.rows *= shape.sizes[d];
+  return shape;
+}
+
+TokenDivergenceArgs token_divergence_args(DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+                                          const std::array<std::optional<LogitsArgument>, 4>& logits,
+                                          const std::tuple<double, Address, int64_t>& guidance,
+                                          const std::array<double, 3>& temperatures_and_floor, Address mask,
+                                          const std::tuple<Address, int64_t, bool>& factor, Address value,
+                                          Address zeroed) {
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {kind,
+          parameter,
+          shape,
+          logit_rows(logits[0], dims),
+          logit_rows(logits[1], dims),
+          logit_rows(logits[2], dims),
+          logit_rows(logits[3], dims),
+          static_cast<float>(std::get<0>(guidance)),
+          pointer<const float>(std::get<1>(guidance)),
+          std::get<2>(guidance),
+          static_cast<float>(temperatures_and_floor[0]),
+          static_cast<float>(temperatures_and_floor[1]),
+          static_cast<float>(temperatures_and_floor[2]),
+          pointer<const bool>(mask),
+          pointer<const float>(std::get<0>(factor)),
+          std::get<1>(factor),
+          std::get<2>(factor),
+          pointer<float>(value),
+          pointer<int64_t>(zeroed)};
+}
+
+void define_token_divergence(py::module_& m) {
+  using py::arg;
+  py::enum_<DivergenceKind>(m, "DivergenceKind")
+      .value("ForwardKL", DivergenceKind::forward_kl)
+      .value("ReverseKL", DivergenceKind::reverse_kl)
+      .value("Jeffreys", DivergenceKind::jeffreys)
+      .value("JensenShannon", DivergenceKind::jensen_shannon)
+      .value("SquaredHellinger", DivergenceKind::squared_hellinger)
+      .value("TotalVariation", DivergenceKind::total_variation)
+      .value("PearsonChi2", DivergenceKind::pearson_chi2)
+      .value("NeymanChi2", DivergenceKind::neyman_chi2)
+      .value("Alpha", DivergenceKind::alpha)
+      .value("LeCam", DivergenceKind::le_cam);
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_token_divergence",
+      [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+         const std::array<std::optional<LogitsArgument>, 4>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
+         int num_threads) {
+        cpu::token_divergence(token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor,
+                                                    mask, factor, value, zeroed),
+                              num_threads);
+      },
+      arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("num_threads"), no_gil,
+      "logits: teacher, unconditional, auxiliary, gradient; guidance: scale, scales, rows a sample; factor: address, "
+      "stride, whether the gradient includes it.");
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_token_divergence",
+      [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
+         const std::array<std::optional<LogitsArgument>, 4>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
+         int device_index, Address stream) {
+        on_device(device_index, stream, "token_divergence", &cuda::token_divergence,
+                  token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor, mask, factor,
+                                        value, zeroed));
+      },
+      arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("device_index"), arg("stream"), no_gil);
+#endif
+}
+
 void define_init_tokens(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -221,7 +345,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of dimo_ext. Addresses are integers; the Python layer checks every argument.";
   dimo::define_build_info(m);
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
+  dimo::define_isa(m);
   dimo::define_fold_in(m);
+  dimo::define_token_divergence(m);
   dimo::define_mask_tokens(m);
   dimo::define_init_tokens(m);
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/rows.h"
+
 namespace dimo {
 
 // Masks the k tokens of each row that carry the smallest random words (ties: lower index first); common/masking.h
@@ -47,11 +49,50 @@ struct FoldInArgs {
   int64_t count;
 };
 
+enum class DivergenceKind : int32_t {
+  forward_kl,
+  reverse_kl,
+  jeffreys,
+  jensen_shannon,
+  squared_hellinger,
+  total_variation,
+  pearson_chi2,
+  neyman_chi2,
+  alpha,
+  le_cam,
+};
+
+// D(p | q) of each token, p = softmax(teacher / t_p), q = softmax(auxiliary / t_q), times the token's factor, and its
+// gradient with respect to the auxiliary logits. Tokens that the mask leaves out, or whose factor is 0, are not read:
+// value and gradient are 0. So are those of a row without a finite logit.
+struct TokenDivergenceArgs {
+  DivergenceKind kind;
+  double parameter;  // beta, pi or alpha
+  RowShape shape;
+  LogitRows teacher;
+  LogitRows uncond;  // data null: no guidance
+  LogitRows auxiliary;
+  LogitRows gradient;    // written; data null: only the values are wanted
+  float guidance_scale;  // of every sample, unless `guidance` is given: uncond + s (teacher - uncond); 1 ignores uncond
+  const float* guidance;  // [samples] or null
+  int64_t rows_per_sample;
+  float teacher_temperature;
+  float auxiliary_temperature;
+  float teacher_log_floor;  // lower bound of log p; -inf = none
+  const bool* mask;         // [rows] or null
+  const float* factor;      // [rows] (factor_stride 1), one for all (0), or null = 1
+  int64_t factor_stride;
+  bool factor_in_gradient;  // else the values alone are multiplied
+  float* value;             // [rows]
+  int64_t* zeroed;          // is increased by the number of rows whose gradient the dtype cannot hold: it is 0 there
+};
+
 namespace cpu {
 
 void fold_in(const FoldInArgs& args);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
+void token_divergence(const TokenDivergenceArgs& args, int num_threads);
 
 }  // namespace cpu
 
@@ -60,6 +101,7 @@ namespace cuda {
 int fold_in(const FoldInArgs& args, void* stream);
 int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
+int token_divergence(const TokenDivergenceArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -125,6 +126,31 @@ def placement(device: torch.device) -> tuple[int, ...]:
     if device.type == "cpu":
         return (torch.get_num_threads(),)
     return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def native_module() -> ModuleType:
+    """The compiled module, where :func:`native_kernel` found one."""
+    assert _core is not None
+    return _core
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a contiguous tensor's data begins, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+MAX_DIMS = 9  # of logits that launchers take, the vocabulary included
+_STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def logit_rows(logits: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """Logits as launchers take them: address, storage type, strides."""
+    return None if logits is None else (logits.data_ptr(), _STORAGE[logits.dtype], logits.stride())
+
+
+def rows_per_sample(logits: torch.Tensor) -> int:
+    """How many rows of logits ``[B, ..., V]`` a sample has, at least 1."""
+    return max(math.prod(logits.shape[1:-1]), 1)
 
 
 @functools.cache

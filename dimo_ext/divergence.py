@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._autograd import needs_gradient, refuse_forward_mode, register_saved_gradient, token_factor, value_dtype
-from ._backend import native_kernel
+from ._autograd import (
+    needs_gradient,
+    refuse_forward_mode,
+    register_saved_gradient,
+    token_factor,
+    value_dtype,
+)
+from ._backend import MAX_DIMS, address, logit_rows, native_kernel, native_module, placement, rows_per_sample
 from ._checks import (
     FLOATS,
     check_guidance,
@@ -32,9 +40,43 @@ _LIB.define(
 )
 
 
-def _token_divergence(receiver: Tensor, teacher_logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    native_kernel("token_divergence", teacher_logits.device)  # under "native": raises while there is no kernel
-    return reference.token_divergence(receiver, teacher_logits, *args)
+def _token_divergence(
+    receiver: Tensor, teacher: Tensor, auxiliary: Tensor, divergence: str, uncond: Tensor | None,
+    guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
+    reduce: bool, need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel = native_kernel("token_divergence", teacher.device)
+    logits = [receiver, teacher, auxiliary, *([] if uncond is None else [uncond])]
+    if kernel is None or teacher.dim() > MAX_DIMS or any(z.dtype == torch.float64 for z in logits):
+        return reference.token_divergence(
+            receiver, teacher, auxiliary, divergence, uncond, guidance_scale, guidance_per_sample, teacher_temperature,
+            auxiliary_temperature, teacher_log_floor, mask, factor, reduce, need_gradient,
+        )  # fmt: skip
+    gradient = torch.empty_like(receiver) if need_gradient else receiver.new_empty(0)
+    value = teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
+    zeroed = torch.zeros((), dtype=torch.int64, device=teacher.device)
+    mask, factor = (None if t is None else t.contiguous() for t in (mask, factor))
+    guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
+    floor = -math.inf if teacher_log_floor is None else teacher_log_floor
+    kernel(
+        *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
+        [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient if need_gradient else None)],
+        (guidance_scale, address(guidance), rows_per_sample(teacher)),
+        (teacher_temperature, auxiliary_temperature, floor), address(mask),
+        (address(factor), 1 if factor is not None and factor.dim() else 0, receiver.dtype != torch.float16),
+        value.data_ptr(), zeroed.data_ptr(), *placement(teacher.device),
+    )  # fmt: skip
+    return value.sum() if reduce else value, zeroed, gradient
+
+
+def _kernel_divergence(divergence: Divergence) -> tuple[Any, float]:
+    """Kind and parameter as the compiled module takes them; Jeffreys' limits are the KLs."""
+    parameter = next(iter(dataclasses.astuple(divergence)), 0.0)
+    name = type(divergence).__name__
+    if name == "Jeffreys" and parameter in (0.0, 1.0):
+        name = "ReverseKL" if parameter else "ForwardKL"
+    return getattr(native_module().DivergenceKind, name), parameter
 
 
 def _fake(receiver, teacher_logits, auxiliary_logits, *args):

@@ -445,10 +445,11 @@ def _stored(receiver: Tensor, gradient: Tensor, factor: Tensor | None, counted: 
 
     Rows that are not counted, or cannot be held, are 0.
     """
+    if factor is not None:
+        counted = counted & (factor != 0)
     factor = factor_in_forward(receiver, factor)
     if factor is not None:
         gradient = gradient * factor[..., None]
-        counted = counted & (factor != 0)
     stored = torch.empty_like(receiver).copy_(gradient)
     usable = torch.isfinite(stored).all(-1)
     return stored.masked_fill_(~(counted & usable)[..., None], 0.0), counted & ~usable

@@ -59,8 +59,9 @@ import json, pathlib, sys
 import dimo_ext
 info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
-served = info["operators"]["mask_tokens"]["cuda"]
-sys.exit(None if served["backend"] == "native" else f"mask_tokens: {served['problem']}")
+kernels = ("fold_in", "mask_tokens", "init_tokens", "token_divergence")
+served = {name: info["operators"][name]["cuda"] for name in kernels}
+sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
 PYTHON
 
 PYTHONSAFEPATH=1 phase tests 240 "$python" -m pytest -q --durations=10 || failed=1
@@ -79,6 +80,15 @@ with dimo_ext.use_backend("native"):
         for mode in ("exact", "bernoulli"):
             key = dimo_ext.random_key(list(range(batch)), device="cuda")
             dimo_ext.mask_tokens(tokens, ratio, 7, mode=mode, key=key)
+    for vocab in (1, 17, 1025, 3001, 60001):  # every geometry, aligned and unaligned rows
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            wide = torch.randn(3, 5, vocab + 3, device="cuda").to(dtype)
+            teacher, auxiliary = wide[..., 1:-2], wide.flip(0)[..., 2:-1].detach().requires_grad_()
+            mask = torch.rand(3, 5, device="cuda") < 0.6
+            loss = dimo_ext.token_divergence(
+                teacher, auxiliary, "jeffreys:-0.2", teacher_uncond_logits=teacher.flip(0), guidance_scale=2.0, mask=mask
+            )
+            loss.sum().backward()
 torch.cuda.synchronize()
 PYTHON
   done

@@ -6,3 +6,11 @@
 #else
 #define DIMO_HOST_DEVICE
 #endif
+
+#if defined(__CUDA_ARCH__) || defined(__clang__)
+#define DIMO_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define DIMO_UNROLL  // nvcc's host pass knows neither spelling
+#else
+#define DIMO_UNROLL _Pragma("GCC unroll 16")
+#endif

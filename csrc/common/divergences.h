@@ -1,0 +1,296 @@
+// Token-level f-divergences as functors, the same on CPU and CUDA.
+//
+// D = sum_v q f(u), u = p/q; its gradient with respect to z_q is (pull - q * sum pull) / temperature, pull = q g(u),
+// g = f - u f'. A constant added to g changes no gradient, c (u - 1) added to f changes no value: each f is taken in
+// its form with f >= 0 and f'(1) = 0, so that no large terms cancel where p and q nearly agree.
+//
+// `Math` is the arithmetic: a type F (float, or a vector of them) and functions on it. It spares a functor from knowing
+// where it runs.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/macros.h"
+
+namespace dimo {
+
+// One vocabulary entry: probabilities, their logarithms, x = log p - log q.
+template <class F>
+struct Entry {
+  F p, q, log_p, log_q, x;
+};
+
+// q f(u) and q g(u). Jeffreys keeps its two KLs apart, so that infinities of opposite sign are seen: value is the
+// forward one, second the reverse one.
+template <class F>
+struct Terms {
+  F value, second, pull;
+};
+
+// The terms as multiples of q where p = 0, and of p where q = 0; infinite ones are infinite whatever they multiply.
+struct Limits {
+  float value_no_p, value_no_q, pull_no_p, pull_no_q;
+  float second_no_p = 0.0f, second_no_q = 0.0f;
+};
+
+constexpr float kInfinity = INFINITY;
+
+// exp(y) - 1 - y for |y| <= 1, relative error about 1e-7.
+template <class Math>
+DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
+  typename Math::F series = Math::splat(1.0f / 39916800.0f);
+  constexpr float kCoefficients[] = {1.0f / 3628800, 1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720,
+                                     1.0f / 120,     1.0f / 24,     1.0f / 6,     1.0f / 2};
+  DIMO_UNROLL
+  for (int i = 0; i < 9; ++i) series = Math::fma(series, y, Math::splat(kCoefficients[i]));
+  return series * y * y;
+}
+
+// exp(y) - 1 for |y| <= 1.
+template <class Math>
+DIMO_HOST_DEVICE inline typename Math::F expm1_near(typename Math::F y) {
+  return y + expm1_minus_near<Math>(y);
+}
+
+// exp(y) - 1 - y and exp(-y) - 1 + y for |y| <= 1, from their even and odd parts.
+template <class F>
+struct BothSigns {
+  F plus, minus;
+};
+template <class Math>
+DIMO_HOST_DEVICE inline BothSigns<typename Math::F> expm1_minus_both(typename Math::F y) {
+  using F = typename Math::F;
+  const F square = y * y;
+  F even = Math::splat(1.0f / 3628800), odd = Math::splat(1.0f / 39916800);
+  constexpr float kEven[] = {1.0f / 40320, 1.0f / 720, 1.0f / 24, 1.0f / 2};
+  constexpr float kOdd[] = {1.0f / 362880, 1.0f / 5040, 1.0f / 120, 1.0f / 6};
+  DIMO_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    even = Math::fma(even, square, Math::splat(kEven[i]));
+    odd = Math::fma(odd, square, Math::splat(kOdd[i]));
+  }
+  odd = odd * y;
+  return {square * (even + odd), square * (even - odd)};
+}
+
+// p x - p + q >= 0 with x = log(p/q): the integrand of KL(p|q).
+template <class Math>
+DIMO_HOST_DEVICE inline typename Math::F kl_term(typename Math::F p, typename Math::F q, typename Math::F x) {
+  const auto near = p * expm1_minus_near<Math>(-Math::clamp(x, 1.0f));
+  return Math::select(Math::abs(x) < 1.0f, near, p * x - p + q);
+}
+
+template <class Math>
+struct ForwardKL {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit ForwardKL(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    return {kl_term<Math>(e.p, e.q, e.x), Math::splat(0.0f), -e.p};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, 0.0f, -1.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct ReverseKL {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit ReverseKL(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    return {kl_term<Math>(e.q, e.p, -e.x), Math::splat(0.0f), -e.q * e.x};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {kInfinity, 1.0f, kInfinity, 0.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+// (1 - beta) KL(p|q) + beta KL(q|p); beta is neither 0 nor 1, which are the KLs.
+template <class Math>
+struct Jeffreys {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = true;
+  float beta;
+  DIMO_HOST_DEVICE explicit Jeffreys(double parameter) : beta(static_cast<float>(parameter)) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const auto both = expm1_minus_both<Math>(Math::clamp(e.x, 1.0f));
+    const auto near = Math::abs(e.x) < 1.0f;
+    const F difference = e.p - e.q;
+    return {Math::select(near, e.p * both.minus, e.p * e.x - difference),
+            Math::select(near, e.q * both.plus, difference - e.q * e.x), (beta - 1.0f) * e.p - beta * (e.q * e.x)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, beta * kInfinity, beta - 1.0f, kInfinity, 1.0f}; }
+  // Infinities of opposite sign give +inf.
+  DIMO_HOST_DEVICE float combine(float forward, float reverse) const {
+    const float a = (1.0f - beta) * forward, b = beta * reverse;
+    return a == kInfinity || b == kInfinity ? kInfinity : a + b;
+  }
+};
+
+template <class Math>
+struct JensenShannon {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  float pi, rest;
+  DIMO_HOST_DEVICE explicit JensenShannon(double parameter)
+      : pi(static_cast<float>(parameter)), rest(static_cast<float>(1.0 - parameter)) {}
+  // m = pi p + rest q. With the larger of p and q as the base, log m - log base = log1p(weight * (ratio - 1)) where
+  // weight is the smaller one's share.
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const auto negative = e.x < 0.0f;
+    const F a = -Math::abs(e.x);
+    const F ratio_minus_1 = Math::select(a > -1.0f, expm1_near<Math>(Math::clamp(a, 1.0f)), Math::exp(a) - 1.0f);
+    const F shift = Math::log1p(Math::select(negative, Math::splat(pi), Math::splat(rest)) * ratio_minus_1);
+    const F p_over_m = Math::select(negative, e.x, Math::splat(0.0f)) - shift;
+    const F q_over_m = Math::select(negative, Math::splat(0.0f), -e.x) - shift;
+    const F m = pi * e.p + rest * e.q;
+    return {pi * kl_term<Math>(e.p, m, p_over_m) + rest * kl_term<Math>(e.q, m, q_over_m), Math::splat(0.0f),
+            rest * e.q * q_over_m};
+  }
+  DIMO_HOST_DEVICE Limits limits() const {
+    const float no_p = -rest * logf(rest);
+    return {no_p, -pi * logf(pi), no_p, 0.0f};
+  }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct SquaredHellinger {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit SquaredHellinger(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F half = expm1_near<Math>(0.5f * Math::clamp(e.x, 1.0f));
+    const F root_p = Math::sqrt(e.p), root_q = Math::sqrt(e.q), difference = root_p - root_q;
+    const auto near = Math::abs(e.x) < 1.0f;
+    return {Math::select(near, e.q * half * half, difference * difference), Math::splat(0.0f),
+            Math::select(near, -e.q * half, e.q - root_p * root_q)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {1.0f, 1.0f, 1.0f, 0.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct TotalVariation {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit TotalVariation(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F near = e.q * expm1_near<Math>(Math::clamp(e.x, 1.0f));
+    const F difference = Math::select(Math::abs(e.x) < 1.0f, near, e.p - e.q);
+    const F zero = Math::splat(0.0f), half_q = 0.5f * e.q;
+    return {0.5f * Math::abs(difference), zero,
+            Math::select(e.x > 0.0f, -half_q, Math::select(e.x < 0.0f, half_q, zero))};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {0.5f, 0.5f, 0.5f, 0.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct PearsonChi2 {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit PearsonChi2(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f));
+    const F ratio = Math::exp(e.log_p + e.x);  // p^2 / q
+    const auto near = Math::abs(e.x) < 1.0f;
+    return {Math::select(near, e.q * minus_1 * minus_1, ratio - 2.0f * e.p + e.q), Math::splat(0.0f),
+            Math::select(near, -e.q * minus_1 * (minus_1 + 2.0f), e.q - ratio)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, 1.0f, -kInfinity}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct NeymanChi2 {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit NeymanChi2(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F near_x = Math::clamp(e.x, 1.0f), inverse_minus_1 = expm1_near<Math>(-near_x);
+    const F ratio = Math::exp(e.log_q - e.x);  // q^2 / p
+    const auto near = Math::abs(e.x) < 1.0f;
+    return {Math::select(near, -e.q * expm1_near<Math>(near_x) * inverse_minus_1, ratio - 2.0f * e.q + e.p),
+            Math::splat(0.0f), 2.0f * Math::select(near, e.q * inverse_minus_1, ratio - e.q)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {kInfinity, 1.0f, kInfinity, 0.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct Alpha {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  float alpha, inverse, norm, reach;
+  DIMO_HOST_DEVICE explicit Alpha(double parameter)
+      : alpha(static_cast<float>(parameter)),
+        inverse(static_cast<float>(1.0 / parameter)),
+        norm(static_cast<float>(1.0 / (parameter * (parameter - 1.0)))),
+        reach(80.0f < fabsf(alpha) ? 80.0f / fabsf(alpha) : 1.0f) {}  // exp(alpha x) stays finite
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F x = Math::clamp(e.x, reach), y = alpha * x, tiny = Math::clamp(y, 1.0f);
+    const F exp_y = Math::exp(y), series = expm1_minus_near<Math>(tiny);
+    const auto small = Math::abs(y) < 1.0f, near = Math::abs(e.x) < reach;
+    const F minus_1 = Math::select(small, tiny + series, exp_y - 1.0f);
+    const F rest = Math::select(small, series, exp_y - 1.0f - y);
+    const F power = Math::exp(e.log_q + alpha * e.x);  // p^alpha q^(1 - alpha)
+    const F far = power - alpha * e.p - (1.0f - alpha) * e.q;
+    return {norm * Math::select(near, e.q * (rest - alpha * expm1_minus_near<Math>(x)), far), Math::splat(0.0f),
+            inverse * Math::select(near, -e.q * minus_1, e.q - power)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const {
+    const float no_p = alpha > 0.0f ? inverse : kInfinity;
+    return {no_p, alpha < 1.0f ? 1.0f / (1.0f - alpha) : kInfinity, no_p, alpha < 1.0f ? 0.0f : -kInfinity};
+  }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct LeCam {
+  using F = typename Math::F;
+  static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE explicit LeCam(double) {}
+  DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
+    const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f)), sum = e.p + e.q;
+    const auto near = Math::abs(e.x) < 1.0f;
+    const F difference = Math::select(near, e.q * minus_1, e.p - e.q);
+    // (p - q) / (p + q); where both have underflowed, its factors are 0.
+    const F slope = Math::select(near, minus_1, difference) /
+                    Math::select(near, minus_1 + 2.0f, Math::select(sum > 0.0f, sum, Math::splat(1.0f)));
+    return {difference * slope, Math::splat(0.0f), -e.q * slope * (slope + 2.0f)};
+  }
+  DIMO_HOST_DEVICE Limits limits() const { return {1.0f, 1.0f, 1.0f, 0.0f}; }
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+// The terms where p or q is 0: multiples of the other, or infinite; nothing where both are.
+template <class Math>
+DIMO_HOST_DEVICE inline typename Math::F at_limit(typename Math::F x, typename Math::F p, typename Math::F q,
+                                                  typename Math::Mask no_p, typename Math::Mask no_q, float at_no_p,
+                                                  float at_no_q) {
+  const auto zero = Math::splat(0.0f);
+  const auto if_no_p = fabsf(at_no_p) == kInfinity ? Math::splat(at_no_p) : q * at_no_p;
+  const auto if_no_q = fabsf(at_no_q) == kInfinity ? Math::splat(at_no_q) : p * at_no_q;
+  return Math::select(no_p, Math::select(no_q, zero, if_no_p), Math::select(no_q, if_no_q, x));
+}
+
+// Terms of one entry whose logarithms may be -inf.
+template <class Math, class Divergence>
+DIMO_HOST_DEVICE inline Terms<typename Math::F> terms_at(const Divergence& divergence, typename Math::F p,
+                                                         typename Math::F q, typename Math::F log_p,
+                                                         typename Math::F log_q) {
+  const auto zero = Math::splat(0.0f);
+  const auto no_p = log_p == Math::splat(-kInfinity), no_q = log_q == Math::splat(-kInfinity);
+  const auto safe_p = Math::select(no_p, zero, log_p), safe_q = Math::select(no_q, zero, log_q);
+  const auto found = divergence.terms({p, q, safe_p, safe_q, safe_p - safe_q});
+  const Limits limits = divergence.limits();
+  Terms<typename Math::F> terms = found;
+  terms.value = at_limit<Math>(found.value, p, q, no_p, no_q, limits.value_no_p, limits.value_no_q);
+  if constexpr (Divergence::kTwoValues)
+    terms.second = at_limit<Math>(found.second, p, q, no_p, no_q, limits.second_no_p, limits.second_no_q);
+  terms.pull = at_limit<Math>(found.pull, p, q, no_p, no_q, limits.pull_no_p, limits.pull_no_q);
+  return terms;
+}
+
+}  // namespace dimo

@@ -1,0 +1,23 @@
+// Token-level f-divergence on the CPU: rows over threads; divergence_rows.cpp has the rows.
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "ops.h"
+
+namespace dimo::cpu {
+
+void token_divergence(const TokenDivergenceArgs& args, int num_threads) {
+  constexpr int64_t kEntriesPerTask = 65536;  // about 0.1 ms
+  constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
+  const int64_t rows = kEntriesPerTask / std::max<int64_t>(args.shape.vocab, 1);
+  const LogitRows& gradient = args.gradient;
+  const int64_t bytes = args.shape.rows * args.shape.vocab * (gradient.dtype == DType::float32 ? 4 : 2);
+  if (gradient.data != nullptr && is_dense(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
+  const auto kernel = DIMO_PICK(token_divergence_rows);
+  parallel_rows(args.shape.rows, std::max(rows / kRowsAcross * kRowsAcross, kRowsAcross), num_threads,
+                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace dimo::cpu

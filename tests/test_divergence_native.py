@@ -1,0 +1,141 @@
+"""The compiled divergence: every instruction set and geometry against the float64 reference, and what only it has."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+import torch
+from torch import Tensor
+
+import dimo_ext as dx
+from tests.conftest import LogitsCase, assert_close, assert_gradient
+
+core = pytest.importorskip("dimo_ext._core")
+
+DIVERGENCES = [
+    dx.ForwardKL(), dx.ReverseKL(), dx.Jeffreys(-0.2), dx.Jeffreys(0.3), dx.Jeffreys(0.0), dx.Jeffreys(1.0),
+    dx.JensenShannon(0.3), dx.SquaredHellinger(), dx.TotalVariation(), dx.PearsonChi2(), dx.NeymanChi2(),
+    dx.Alpha(0.5), dx.Alpha(-0.5), dx.Alpha(1.5), dx.LeCam(),
+]  # fmt: skip
+HALF_TYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=core.cpu_isas())
+def isa(request):
+    """Every instruction set that this machine runs."""
+    before = core.cpu_isa()
+    core.choose_cpu_isa(request.param)
+    yield request.param
+    core.choose_cpu_isa(before)
+
+
+def divergence_and_gradient(teacher: Tensor, auxiliary: Tensor, divergence, **options) -> tuple[Tensor, Tensor]:
+    auxiliary = auxiliary.detach().requires_grad_()
+    value = dx.token_divergence(teacher, auxiliary, divergence, **options)
+    (gradient,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), auxiliary)
+    return value.detach(), gradient
+
+
+def assert_matches_float64(teacher, auxiliary, divergence, uncond=None, near=False, **options) -> None:
+    """Compare with the reference in float64 on the same, already rounded logits."""
+    if uncond is not None:
+        options |= {"guidance_scale": 1.7}
+    value, gradient = divergence_and_gradient(teacher, auxiliary, divergence, teacher_uncond_logits=uncond, **options)
+    double = None if uncond is None else uncond.double()
+    expected, exact = divergence_and_gradient(
+        teacher.double(), auxiliary.double(), divergence, teacher_uncond_logits=double, **options
+    )
+    assert_close(value, expected)
+    assert_gradient(gradient, exact, near=near)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 31, 33, 65, 127, 128, 129, 257, 1025, 4097])
+def test_every_width(isa, divergence, vocab):
+    """Rows across and along the lanes, full and padded registers, one chunk and several."""
+    teacher, auxiliary, uncond = LogitsCase((19,), vocab, seed=vocab).build(torch.device("cpu"), 3)
+    assert_matches_float64(teacher / 2, auxiliary / 2, divergence, uncond / 2, teacher_temperature=0.9)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("pattern", ["minus_inf", "padded", "near", "extreme"])
+@pytest.mark.parametrize("vocab", [18, 300])
+def test_every_pattern(isa, divergence, pattern, vocab):
+    """Filtered ids, nearly equal and extreme logits, the floor under log p."""
+    case = LogitsCase((19,), vocab, pattern=pattern, seed=3)
+    teacher, auxiliary = case.build(torch.device("cpu"), 2)
+    if pattern == "extreme" and isinstance(divergence, dx.PearsonChi2 | dx.NeymanChi2):
+        teacher, auxiliary = (
+            teacher / 1e3,
+            auxiliary / 1e3,
+        )  # else p²/q of two rounded logarithms
+    assert_matches_float64(teacher, auxiliary, divergence, near=pattern == "near")
+    if pattern != "extreme":
+        assert_matches_float64(teacher, auxiliary, divergence, near=pattern == "near", teacher_log_floor=-9.0)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "vocab_first"])
+@pytest.mark.parametrize("vocab", [18, 300])
+def test_half_types(isa, dtype, layout, vocab):
+    """Conversion of every element where it stands: runs, strided ones, tails."""
+    teacher, auxiliary, uncond = LogitsCase((3, 7), vocab, dtype, layout).build(torch.device("cpu"), 3)
+    assert_matches_float64(teacher, auxiliary, dx.Jeffreys(-0.2), uncond)
+
+
+@pytest.mark.parametrize("vocab", [8193, 126464, 262144])
+def test_long_rows(isa, vocab):
+    """Sums over many chunks keep their digits."""
+    teacher, auxiliary, uncond = LogitsCase((2,), vocab, seed=1).build(torch.device("cpu"), 3)
+    assert_matches_float64(teacher, auxiliary, dx.Jeffreys(0.3), uncond)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_every_half_number_is_stored_as_torch_rounds_it(isa, dtype):
+    """Conversion is exact: the gradient q - p of a certain teacher walks through the type's numbers."""
+    steps = torch.linspace(-20, 8, 4001)
+    auxiliary = torch.stack([steps, torch.zeros_like(steps)], -1).requires_grad_()
+    teacher = torch.tensor([0.0, -inf]).expand(4001, 2)
+    student = torch.zeros(4001, 2, dtype=dtype, requires_grad=True)
+    dx.token_divergence(teacher, auxiliary, "forward_kl").sum().backward()
+    dx.distribution_matching_loss(student, teacher, auxiliary, "forward_kl", reduction="sum").backward()
+    assert torch.equal(student.grad, auxiliary.grad.to(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same_bits(isa, threads):
+    teacher, auxiliary = LogitsCase((1500,), 130).build(torch.device("cpu"), 2)
+    expected = divergence_and_gradient(teacher, auxiliary, "jensen_shannon")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = divergence_and_gradient(teacher, auxiliary, "jensen_shannon")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_row_gives_the_same_bits_wherever_it_stands(isa):
+    """Neighbours, masks and the split of the batch change nothing, though short rows share a register."""
+    teacher, auxiliary = LogitsCase((70,), 18).build(torch.device("cpu"), 2)
+    value, gradient = divergence_and_gradient(teacher, auxiliary, "alpha:0.5")
+    mask = torch.arange(70) % 3 > 0
+    for rows in (slice(7, 40), mask):
+        part = divergence_and_gradient(teacher[rows], auxiliary[rows], "alpha:0.5")
+        assert torch.equal(part[0], value[rows])
+        assert torch.equal(part[1], gradient[rows])
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="no CPU instruction set neon2"):
+        core.choose_cpu_isa("neon2")
+
+
+def test_many_dimensions():
+    """More leading dimensions than a launcher takes are served by the reference."""
+    teacher, auxiliary = LogitsCase((1, 2, 1, 2, 1, 2, 1, 1, 2, 1), 5).build(torch.device("cpu"), 2)
+    flat = divergence_and_gradient(teacher.reshape(-1, 5), auxiliary.reshape(-1, 5), "le_cam")
+    deep = divergence_and_gradient(teacher, auxiliary, "le_cam")
+    assert_close(deep[0].flatten(), flat[0])
+    assert_gradient(deep[1].reshape(-1, 5), flat[1])
