@@ -17,6 +17,7 @@ from ._autograd import factor_in_forward
 from .philox import WORD, Tag, philox, random_words, uniform
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
+_NEAR_TOPS = 16.0  # nats: up to here the largest logits of both sides count as near
 _WEIGHT_BITS = 40  # fixed point of the weights inside a chunk: sums are exact, so their order is free
 
 
@@ -205,7 +206,7 @@ def token_divergence(
     counted = counted if mask is None else counted & mask
     log_p, log_q = _log_softmax(z_p, teacher_temperature), _log_softmax(z_q, auxiliary_temperature)
     same_temperature = teacher_temperature == auxiliary_temperature
-    log_ratio = _log_ratio(z_p, z_q, teacher_temperature) if same_temperature else log_p - log_q
+    log_ratio = _log_ratio(z_p, z_q, log_p, log_q, teacher_temperature) if same_temperature else log_p - log_q
     if teacher_log_floor is not None:  # ids that neither side knows stay out
         raised = (log_p < teacher_log_floor) & ((log_p > -math.inf) | (log_q > -math.inf))
         log_p = log_p.masked_fill(raised, teacher_log_floor)
@@ -417,11 +418,15 @@ def _tempered(z: Tensor, temperature: float) -> Tensor:
     return (z - torch.where(top == -math.inf, 0.0, top)) / temperature
 
 
-def _log_ratio(z_p: Tensor, z_q: Tensor, temperature: float) -> Tensor:
-    """Take log p - log q from the logits' difference, exact where they nearly agree; NaN where both are -inf."""
-    top_p, top_q = z_p.amax(-1, keepdim=True), z_q.amax(-1, keepdim=True)
+def _log_ratio(z_p: Tensor, z_q: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """Take log p - log q from the logits' difference, exact where they nearly agree, unless the tops lie far apart.
+
+    NaN where both are -inf.
+    """
+    gap = z_p.amax(-1, keepdim=True) - z_q.amax(-1, keepdim=True)
     sums = [_tempered(z, temperature).logsumexp(-1, keepdim=True) for z in (z_p, z_q)]
-    return ((z_p - z_q) - (top_p - top_q)) / temperature - (sums[0] - sums[1])
+    near = gap.abs() / temperature < _NEAR_TOPS
+    return torch.where(near, ((z_p - z_q) - gap) / temperature - (sums[0] - sums[1]), log_p - log_q)
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:

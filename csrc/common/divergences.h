@@ -36,6 +36,9 @@ struct Limits {
 
 constexpr float kInfinity = INFINITY;
 
+// Up to here, in nats, the largest logits of both sides count as near; as in reference.py.
+constexpr float kNearTops = 16.0f;
+
 // exp(y) - 1 - y for |y| <= 1, relative error about 1e-7.
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
@@ -275,22 +278,34 @@ DIMO_HOST_DEVICE inline typename Math::F at_limit(typename Math::F x, typename M
   return Math::select(no_p, Math::select(no_q, zero, if_no_p), Math::select(no_q, if_no_q, x));
 }
 
+// The entry with log p bounded from below; ids that neither side knows stay out.
+template <class Math>
+DIMO_HOST_DEVICE inline Entry<typename Math::F> with_floor(Entry<typename Math::F> e, float floor) {
+  using Mask = typename Math::Mask;
+  const auto none = Math::splat(-kInfinity), bound = Math::splat(floor);
+  const Mask raised = (e.log_p < bound) & ((e.log_p > none) | (e.log_q > none));
+  e.p = Math::select(raised, Math::splat(expf(floor)), e.p);
+  e.log_p = Math::select(raised, bound, e.log_p);
+  e.x = Math::select(raised, bound - e.log_q, e.x);
+  return e;
+}
+
 // Terms of one entry whose logarithms may be -inf.
 template <class Math, class Divergence>
-DIMO_HOST_DEVICE inline Terms<typename Math::F> terms_at(const Divergence& divergence, typename Math::F p,
-                                                         typename Math::F q, typename Math::F log_p,
-                                                         typename Math::F log_q) {
+DIMO_HOST_DEVICE inline Terms<typename Math::F> terms_at(const Divergence& divergence,
+                                                         const Entry<typename Math::F>& e) {
+  using Mask = typename Math::Mask;
   const auto zero = Math::splat(0.0f);
-  const auto no_p = log_p == Math::splat(-kInfinity), no_q = log_q == Math::splat(-kInfinity);
-  const auto safe_p = Math::select(no_p, zero, log_p), safe_q = Math::select(no_q, zero, log_q);
-  const auto found = divergence.terms({p, q, safe_p, safe_q, safe_p - safe_q});
+  const Mask no_p = e.log_p == Math::splat(-kInfinity), no_q = e.log_q == Math::splat(-kInfinity);
+  const auto terms = divergence.terms({e.p, e.q, Math::select(no_p, zero, e.log_p), Math::select(no_q, zero, e.log_q),
+                                       Math::select(no_p | no_q, zero, e.x)});
   const Limits limits = divergence.limits();
-  Terms<typename Math::F> terms = found;
-  terms.value = at_limit<Math>(found.value, p, q, no_p, no_q, limits.value_no_p, limits.value_no_q);
+  Terms<typename Math::F> result = terms;
+  result.value = at_limit<Math>(terms.value, e.p, e.q, no_p, no_q, limits.value_no_p, limits.value_no_q);
   if constexpr (Divergence::kTwoValues)
-    terms.second = at_limit<Math>(found.second, p, q, no_p, no_q, limits.second_no_p, limits.second_no_q);
-  terms.pull = at_limit<Math>(found.pull, p, q, no_p, no_q, limits.pull_no_p, limits.pull_no_q);
-  return terms;
+    result.second = at_limit<Math>(terms.second, e.p, e.q, no_p, no_q, limits.second_no_p, limits.second_no_q);
+  result.pull = at_limit<Math>(terms.pull, e.p, e.q, no_p, no_q, limits.pull_no_p, limits.pull_no_q);
+  return result;
 }
 
 }  // namespace dimo

@@ -291,8 +291,13 @@ class Tile {
     teacher_softmax_.finish(Layout::sum_over_row(teacher_softmax_.sum));
     auxiliary_softmax_.finish(Layout::sum_over_row(auxiliary_softmax_.sum));
     rate_difference_ = teacher_softmax_.inverse_temperature - auxiliary_softmax_.inverse_temperature;
-    shift_ = (teacher_softmax_.top - auxiliary_softmax_.top) * auxiliary_softmax_.inverse_temperature +
-             (teacher_softmax_.log_sum - auxiliary_softmax_.log_sum);
+    // log p - log q comes from the logits' difference, which is exact where they nearly agree; where the tops lie far
+    // apart, from what is left above them.
+    const Vec gap = (teacher_softmax_.top - auxiliary_softmax_.top) * auxiliary_softmax_.inverse_temperature;
+    const Int near = VecMath::abs(gap) < kNearTops;
+    base_p_ = near ? Vec{} : teacher_softmax_.top;
+    base_q_ = near ? Vec{} : auxiliary_softmax_.top;
+    shift_ = (near ? gap : Vec{}) + (teacher_softmax_.log_sum - auxiliary_softmax_.log_sum);
     dead_ = (teacher_softmax_.sum == 0.0f) | (auxiliary_softmax_.sum == 0.0f);
   }
 
@@ -318,21 +323,15 @@ class Tile {
   template <bool kFiltered>
   DIMO_INLINE Terms<Vec> terms(int64_t i, Vec& q) const {
     const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
-    const Vec log_q = auxiliary_softmax_.log_prob(z_q);
-    Vec log_p = teacher_softmax_.log_prob(z_p);
+    const Vec p = (kWhole ? load(buffers_.weight_p + i) : teacher_softmax_.weight(z_p)) * teacher_softmax_.inverse_sum;
     q = (kWhole ? load(buffers_.weight_q + i) : auxiliary_softmax_.weight(z_q)) * auxiliary_softmax_.inverse_sum;
-    if constexpr (kFiltered) {
-      const Vec floored = log_p < args_.teacher_log_floor ? VecMath::splat(args_.teacher_log_floor) : log_p;
-      log_p = ((log_p == -kInfinity) & (log_q == -kInfinity)) ? log_p : floored;
-      return terms_at<VecMath>(divergence_, VecMath::exp(log_p), q, log_p, log_q);
-    } else {
-      const Vec p =
-          (kWhole ? load(buffers_.weight_p + i) : teacher_softmax_.weight(z_p)) * teacher_softmax_.inverse_sum;
-      // log p - log q from the logits' difference, which is exact where they nearly agree.
-      const Vec x = (z_p - z_q) * auxiliary_softmax_.inverse_temperature +
-                    ((z_p - teacher_softmax_.top) * rate_difference_ - shift_);
-      return divergence_.terms({p, q, log_p, log_q, x});
-    }
+    const Vec x = ((z_p - base_p_) - (z_q - base_q_)) * auxiliary_softmax_.inverse_temperature +
+                  ((z_p - teacher_softmax_.top) * rate_difference_ - shift_);
+    const Entry<Vec> entry = {p, q, teacher_softmax_.log_prob(z_p), auxiliary_softmax_.log_prob(z_q), x};
+    if constexpr (kFiltered)
+      return terms_at<VecMath>(divergence_, with_floor<VecMath>(entry, args_.teacher_log_floor));
+    else
+      return divergence_.terms(entry);
   }
 
   // Calls visit(filtered, i) for the registers of a chunk; `filtered` is a constant of its type.
@@ -412,7 +411,7 @@ class Tile {
   Vec scale_ = Vec{}, factor_ = Vec{}, pull_ = Vec{};
   Softmax teacher_softmax_, auxiliary_softmax_;
   float rate_difference_ = 0.0f;
-  Vec shift_ = Vec{};  // difference of the two normalisers
+  Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};
   Int dead_ = Int{};
   bool filtered_ = false;
 };

@@ -153,7 +153,13 @@ class Row {
     normalise(teacher_, group_.sum(sum_p));
     normalise(auxiliary_, group_.sum(sum_q));
     rate_difference_ = teacher_.inverse_temperature - auxiliary_.inverse_temperature;
-    shift_ = (teacher_.top - auxiliary_.top) * auxiliary_.inverse_temperature + (teacher_.log_sum - auxiliary_.log_sum);
+    // log p - log q comes from the logits' difference, which is exact where they nearly agree; where the tops lie far
+    // apart, from what is left above them.
+    const float gap = (teacher_.top - auxiliary_.top) * auxiliary_.inverse_temperature;
+    const bool near = fabsf(gap) < kNearTops;
+    base_p_ = near ? 0.0f : teacher_.top;
+    base_q_ = near ? 0.0f : auxiliary_.top;
+    shift_ = (near ? gap : 0.0f) + (teacher_.log_sum - auxiliary_.log_sum);
   }
 
   // Where every logit is -inf the top becomes 0, so that no difference of infinities arises.
@@ -169,17 +175,13 @@ class Row {
   }
 
   __device__ Terms<float> terms(float z_p, float z_q, float& q) const {
-    const float log_q = auxiliary_.log_prob(z_q);
-    float log_p = teacher_.log_prob(z_p);
     q = auxiliary_.weight(z_q) * auxiliary_.inverse_sum;
-    if (filtered_) {
-      if ((log_p > -kInfinity || log_q > -kInfinity) && log_p < args_.teacher_log_floor)
-        log_p = args_.teacher_log_floor;
-      return terms_at<ScalarMath>(divergence_, expf(log_p), q, log_p, log_q);
-    }
-    // log p - log q from the logits' difference, which is exact where they nearly agree.
-    const float x = (z_p - z_q) * auxiliary_.inverse_temperature + ((z_p - teacher_.top) * rate_difference_ - shift_);
-    return divergence_.terms({teacher_.weight(z_p) * teacher_.inverse_sum, q, log_p, log_q, x});
+    const float x = ((z_p - base_p_) - (z_q - base_q_)) * auxiliary_.inverse_temperature +
+                    ((z_p - teacher_.top) * rate_difference_ - shift_);
+    const Entry<float> entry = {teacher_.weight(z_p) * teacher_.inverse_sum, q, teacher_.log_prob(z_p),
+                                auxiliary_.log_prob(z_q), x};
+    if (filtered_) return terms_at<ScalarMath>(divergence_, with_floor<ScalarMath>(entry, args_.teacher_log_floor));
+    return divergence_.terms(entry);
   }
 
   __device__ float pull_sum() const {
@@ -242,7 +244,7 @@ class Row {
   const int64_t teacher_row_, uncond_row_, auxiliary_row_, gradient_row_;
   const float scale_, factor_;
   Softmax teacher_, auxiliary_;
-  float rate_difference_, shift_;
+  float rate_difference_, base_p_, base_q_, shift_;
   bool filtered_;
 };
 
