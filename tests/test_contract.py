@@ -1,9 +1,8 @@
-"""What every operator promises about dispatch, transforms, processes and threads, and values on the device."""
+"""What every operator promises about dispatch and transforms, and about values on the device."""
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import dimo_ext as dx
 from dimo_ext import _backend, _checks
-from dimo_ext.random import random_integers
+from tests import conftest
 from tests.conftest import assert_close
 
 
@@ -37,6 +36,21 @@ every_operator = pytest.mark.parametrize("name", CALLS)
 
 def call(name: str, device: torch.device) -> Tensor:
     return CALLS[name](inputs(device), dx.random_key(5, device=device))
+
+
+# --- the tests' own tool --------------------------------------------------------------------------------------------
+
+
+def test_cross_meets_every_pair_of_values(monkeypatch):
+    """Under "ci" any two values of any two axes occur together, under "full" every combination does."""
+    axes = [range(19), "abcd", range(7), [False, True], ["alone"]]
+    for profile, most in (("ci", 200), ("full", 19 * 4 * 7 * 2)):
+        monkeypatch.setattr(conftest, "PROFILE", profile)
+        rows = conftest.cross(*axes)
+        assert len(set(rows)) == len(rows) <= most
+        for (i, first), (j, second) in itertools.combinations(enumerate(axes), 2):
+            assert {(row[i], row[j]) for row in rows} == set(itertools.product(first, second))
+    assert len(rows) == most
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
@@ -64,42 +78,6 @@ def test_reference_never_uses_a_kernel(device, name, monkeypatch):
     monkeypatch.setattr(_backend, "_find_kernel", lambda *_: pytest.fail("a kernel was looked up"))
     with dx.use_backend("reference"):
         call(name, device)
-
-
-@every_operator
-def test_two_threads_get_what_one_gets(device, name):
-    expected, results = call(name, device), []
-    threads = [threading.Thread(target=lambda: results.append(call(name, device))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 2
-    assert all(torch.equal(expected, result) for result in results)
-
-
-# As text, since a spawned child cannot import a test module. Torch's own thread pool does not survive a fork.
-IN_A_CHILD = """
-import torch, dimo_ext
-torch.set_num_threads(1)
-queue.put(dimo_ext.mask_tokens(torch.arange(200).view(2, 100), 0.5, -1, key=dimo_ext.random_key(5)).tokens.tolist())
-"""
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process with threads is what is tested
-def test_child_processes(method):
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    expected = dx.mask_tokens(torch.arange(200).view(2, 100), 0.5, -1, key=dx.random_key(5)).tokens.tolist()
-    child = context.Process(target=exec, args=(IN_A_CHILD, {"queue": queue}))
-    child.start()
-    try:
-        assert queue.get(timeout=60) == expected
-    finally:
-        child.join(timeout=10)
-        child.kill()
-    assert child.exitcode == 0
 
 
 # --- transforms -----------------------------------------------------------------------------------------------------
@@ -176,35 +154,6 @@ def test_forward_mode_is_refused(device, name):
     target = {"token_divergence": "auxiliary"}.get(name, "student")
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda z: CALLS[name](x | {target: z}, key), (x[target],), (torch.ones_like(x[target]),))
-
-
-# --- the draws are part of the contract: values that no later version may change --------------------------------------
-
-KEY_12 = (1, 2)
-KNOWN_DRAWS = {
-    "fold_in": [-8200629057115953869, -7815700616092848060],
-    "init_tokens": [20, 5, -1, -1, 60, 29, 48, 23],
-    "mask_tokens": [-1, -1, -1, -1, 4, 5, 6, 7],
-    "sample_categorical": [488, 478, 415, 337],
-    "perturb_embeddings": [-0.0496, 0.3029, -1.4616, 1.0193],
-    "random_integers": [250, 698, 603, 948],
-}
-
-
-def test_known_draws(device):
-    key = dx.random_key(*KEY_12, device=device)
-    logits = torch.linspace(-2, 2, 600, device=device).repeat(1, 4, 1)
-    drawn = {
-        "fold_in": dx.fold_in(key, 7).tolist(),
-        "init_tokens": dx.init_tokens(1, 8, vocab_size=100, mask_id=-1, r_init=0.25, key=key)[0].tolist(),
-        "mask_tokens": dx.mask_tokens(torch.arange(8, device=device), 0.5, -1, key=key).tokens.tolist(),
-        "sample_categorical": dx.sample_categorical(logits, key=key).tokens[0].tolist(),
-        "perturb_embeddings": [
-            round(v, 4) for v in dx.perturb_embeddings(torch.zeros(1, 4, device=device), 1.0, key=key)[0].tolist()
-        ],
-        "random_integers": random_integers(key, 4, 1000).tolist(),
-    }
-    assert drawn == KNOWN_DRAWS
 
 
 def test_inductor(device):
@@ -284,17 +233,3 @@ def test_debug_ignores_rows_that_are_masked_out(device, monkeypatch):
     x["tokens"][0, 1] = 99
     dx.token_divergence(x["teacher"], x["auxiliary"], "forward_kl", mask=mask)
     dx.masked_cross_entropy(x["student"], x["tokens"], mask)
-
-
-def test_nothing_waits_for_the_gpu(device):
-    """No call reads a value back: on a GPU that would stall the training step and break graph capture."""
-    if device.type != "cuda":
-        pytest.skip("needs a GPU")
-    prepared = [(CALLS[name], inputs(device), dx.random_key(5, device=device)) for name in CALLS]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for run, x, key in prepared:
-            run(x, key)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-core = pytest.importorskip("dimo_ext._core")
+from tests.oracles import INIT_IDS, INIT_MASK, MASK_TOKENS, masked_count, row_words, smallest
 
-MASK_TOKENS, INIT_MASK, INIT_IDS = 1, 2, 3  # operator tags
+core = pytest.importorskip("dimo_ext._core")
 MASK_ID = -7
 LENGTHS = [1, 2, 3, 63, 64, 65, 1000, 65536]
 
@@ -31,44 +30,14 @@ class Case:
 # ---------------------------------------------------------------------------------------------------- the contract
 
 
-def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds on uint64 arrays that hold 32-bit words, [4, n]."""
-    c, (k0, k1), low = counter.copy(), key, np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        high0, high1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
-        c = np.stack([high1 ^ c[1] ^ np.uint64(k0), p1 & low, high0 ^ c[3] ^ np.uint64(k1), p0 & low])
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c
-
-
-def row_words(seed: int, offset: int, row: int, length: int, tag: int = MASK_TOKENS) -> np.ndarray:
-    seed, offset, blocks = seed % 2**64, offset % 2**64, -(-length // 4)
-    counter = np.zeros((4, blocks), np.uint64)
-    counter[0] = np.arange(blocks, dtype=np.uint64) | np.uint64(tag << 24)
-    counter[1:] = np.array([[row], [offset % 2**32], [offset >> 32]], np.uint64)
-    return philox(counter, (seed % 2**32, seed >> 32)).T.reshape(-1)[:length]
-
-
-def expected_count(words: np.ndarray, ratio: float, bernoulli: bool, min_masked: int) -> int:
-    length = len(words)
-    ratio32 = np.float32(0.0) if math.isnan(ratio) else np.clip(np.float32(ratio), np.float32(0), np.float32(1))
-    if bernoulli:  # word + 1/2 < ratio * 2^32, in exact arithmetic
-        count = int((words < np.uint64(math.ceil(Fraction(float(ratio32)) * 2**32 - Fraction(1, 2)))).sum())
-    else:
-        count = int(np.rint(ratio32 * np.float32(length)))
-    return min(max(count, min(min_masked, length)), length)
-
-
 def expected_mask(case: Case) -> np.ndarray:
     mask = np.zeros((case.batch, case.length), bool)
     shared = isinstance(case.keys, tuple)
     for row in range(case.batch):
         seed, offset = case.keys if shared else case.keys[row]
-        words = row_words(seed, offset, row if shared else 0, case.length)
+        words = row_words(seed, offset, row if shared else 0, case.length, MASK_TOKENS)
         ratio = case.ratio[row] if isinstance(case.ratio, tuple) else case.ratio
-        count = expected_count(words, ratio, case.bernoulli, case.min_masked)
-        mask[row, np.argsort(words, kind="stable")[:count]] = True
+        mask[row] = smallest(words, masked_count(words, ratio, case.bernoulli, case.min_masked))
     return mask
 
 
@@ -121,7 +90,6 @@ keys = st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 2)
 ratios = st.floats(width=32, allow_nan=True) | st.floats(0, 1, width=32)
 
 
-@settings(deadline=None, max_examples=200)
 @given(keys, st.integers(1, 80), ratios, st.booleans(), st.integers(0, 90))
 @example((0, 0), 5, 0.5, False, 1)  # 2.5 rounds to 2
 @example((0, 0), 7, 0.5, False, 1)  # 3.5 rounds to 4
@@ -133,20 +101,6 @@ ratios = st.floats(width=32, allow_nan=True) | st.floats(0, 1, width=32)
 def test_any_ratio_and_key(key: tuple[int, int], length: int, ratio: float, bernoulli: bool, min_masked: int) -> None:
     check(Case(2, length, ratio, key, bernoulli, min_masked))
     check(Case(2, length, (ratio, 0.5), [key, key], bernoulli, min_masked))
-
-
-def test_bernoulli_boundary() -> None:
-    """A ratio that lies exactly on a token's word excludes it, the next float32 includes it."""
-    key, length = (11, 3), 4096
-    words = row_words(*key, 0, length)
-    word = int(words.min())  # small, so that word + 1/2 has an exact float32
-    assert word < 2**22
-    ratio = np.float32((word + 0.5) / 2**32)
-    assert float(ratio) * 2**32 == word + 0.5
-    for value, count in ((ratio, 0), (np.nextafter(ratio, np.float32(1)), 1)):
-        case = Case(1, length, float(value), key, bernoulli=True, min_masked=0)
-        check(case)
-        assert run(case)[2].sum() == count
 
 
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
@@ -169,8 +123,8 @@ def test_init_tokens(length: int, batch: int) -> None:
         for row in range(batch):
             seed, offset, index = (*map(int, keys), row) if shared else (*map(int, keys[row]), 0)
             want = (row_words(seed, offset, index, length, INIT_IDS) * np.uint64(vocab) >> np.uint64(32)).astype(int)
-            order = np.argsort(row_words(seed, offset, index, length, INIT_MASK), kind="stable")
-            want[order[: int(np.rint(np.float32(ratio) * np.float32(length)))]] = MASK_ID
+            words = row_words(seed, offset, index, length, INIT_MASK)
+            want[smallest(words, int(np.rint(np.float32(ratio) * np.float32(length))))] = MASK_ID
             assert np.array_equal(out[row], want)
 
 

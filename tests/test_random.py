@@ -11,6 +11,7 @@ import dimo_ext as dx
 from dimo_ext.philox import Tag, random_words, uniform
 from dimo_ext.random import random_integers, random_uniform, resolve_key
 from tests.conftest import FALSE_ALARM, META, assert_frequencies, assert_independent, assert_rejected
+from tests.oracles import FOLD_IN, row_words
 
 
 def low_bits(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
@@ -76,6 +77,17 @@ def test_fold_in_is_a_function_of_key_and_number(device):
         together = dx.fold_in(key, torch.tensor(numbers, device=device))
         assert together.tolist() == [dx.fold_in(key, n).tolist() for n in numbers]
         assert together.device == device
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 - 2**32])
+@pytest.mark.parametrize("offset", [0, -1, 2**33 + 1])
+def test_fold_in_is_that_of_the_contract(device, seed, offset):
+    """The words of the block whose row is the number: seed low, seed high, offset low, offset high."""
+    numbers = [0, 1, 2**31, 2**32 - 1]
+    folded = dx.fold_in(dx.random_key(seed, offset, device=device), torch.tensor(numbers, device=device))
+    words = [[int(w) for w in row_words(seed, offset, n, 4, FOLD_IN)] for n in numbers]
+    expected = [dx.random_key(w[0] | w[1] << 32, w[2] | w[3] << 32).tolist() for w in words]
+    assert folded.tolist() == expected
 
 
 def test_fold_in_broadcasts(device):

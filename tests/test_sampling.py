@@ -15,42 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dimo_ext as dx
+from tests import oracles
 from tests.conftest import (
-    BAD_KEYS,
     DTYPES,
-    META,
+    LAYOUTS,
     LogitsCase,
     assert_close,
     assert_frequencies,
     assert_independent,
     assert_rate,
-    assert_rejected,
+    cross,
     logits_cases,
 )
+from tests.oracles import filtered_probabilities, guided
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-# --- the oracle -----------------------------------------------------------------------------------------------------
-
-
-def filtered_probabilities(row: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
-    """The distribution of one row, id by id in float64, as the documentation words it."""
-    p = (row.double() / temperature).softmax(-1)
-    if top_k > 0:
-        p = renormalised(p, p >= p.sort(descending=True).values[top_k - 1])
-    if top_p < 1.0:
-        mass, threshold = 0.0, inf
-        for value in p.sort(descending=True).values.tolist():
-            mass, threshold = mass + value, value
-            if mass >= top_p:
-                break
-        p = renormalised(p, p >= threshold)
-    return renormalised(p, p >= min_p * p.max())
-
-
-def renormalised(p: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep, p, 0.0) / p[keep].sum()
 
 
 def draw(row: Tensor, n: int, seed: int = 1, **options) -> dx.CategoricalSample:
@@ -124,25 +103,43 @@ def test_the_tail_inside_one_chunk_far_below_its_head(device):
         assert_rate(int(counts[i]), 400_000, probability)
 
 
+def test_the_largest_temperature_flattens(device):
+    """At 1e3 the ids are drawn almost uniformly, as the oracle says."""
+    assert_draws(torch.linspace(-300.0, 300.0, 17, device=device), 10_000, temperature=1e3)
+    assert math.isclose(float(filtered_probabilities(torch.tensor([0.0, 0.0]), 1e3)[0]), 0.5)
+
+
 # --- filtered and impossible ids ------------------------------------------------------------------------------------
 
 
 @given(
     case=logits_cases(patterns=["normal", "minus_inf", "padded", "one_finite", "extreme"], max_vocab=257),
     temperature=st.sampled_from([0.0, 1e-3, 0.5, 1.0, 1e3]),
+    scale=st.sampled_from([1.0, -3.0, 20.0]),
     top_k=st.sampled_from([0, 1, 5]),
     top_p=st.sampled_from([1e-6, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.2, 1.0]),
     seed=st.integers(0, 2**32),
 )
-@example(case=LogitsCase((0,), 1), temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)  # zero rows
-@example(case=LogitsCase((3, 0), 257), temperature=0.0, top_k=1, top_p=0.5, min_p=0.2, seed=0)
-@example(case=LogitsCase((2, 3), 257, pattern="minus_inf"), temperature=1.0, top_k=5, top_p=0.9, min_p=0.0, seed=0)
-def test_impossible_ids_are_never_drawn(device, case, temperature, top_k, top_p, min_p, seed):
+@example(case=LogitsCase((0,), 1), temperature=1.0, scale=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+@example(case=LogitsCase((3, 0), 257), temperature=0.0, scale=1.0, top_k=1, top_p=0.5, min_p=0.2, seed=0)
+@example(
+    case=LogitsCase((2, 3), 257, pattern="minus_inf"),
+    temperature=1.0,
+    scale=-3.0,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.0,
+    seed=0,
+)
+def test_impossible_ids_are_never_drawn(device, case, temperature, scale, top_k, top_p, min_p, seed):
     """For every shape, stride and dtype: a possible id with a finite log-probability, or -1 in a dead row."""
-    (logits,) = case.build(device, 1)
+    cond, uncond = case.build(device)
     options = {"temperature": temperature, "top_k": min(top_k, case.vocab), "top_p": top_p, "min_p": min_p}
-    tokens, log_prob = dx.sample_categorical(logits, key=dx.random_key(seed, device=device), **options)
+    tokens, log_prob = dx.sample_categorical(
+        cond, uncond_logits=uncond, guidance_scale=scale, key=dx.random_key(seed, device=device), **options
+    )
+    logits = guided(cond, uncond, scale)
     dead = logits.amax(-1) == -inf
     assert tokens.shape == log_prob.shape == case.shape
     assert (tokens[dead] == -1).all()
@@ -234,6 +231,56 @@ def test_log_prob_is_under_the_filtered_distribution(device, vocab, temperature,
     tokens = tokens.cpu()
     assert_close(log_prob, p.gather(-1, tokens[:, None])[:, 0].log())
     assert_close(log_prob, torch.distributions.Categorical(probs=p).log_prob(tokens))
+
+
+VOCABULARIES = [1, 2, 31, 255, 256, 257, 1025]
+LOGITS = ["normal", "near", "constant", "minus_inf", "padded"]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "layout", "pattern", "filters", "scale", "own_keys"),
+    cross(VOCABULARIES, DTYPES, LAYOUTS, LOGITS, FILTERS, [1.0, 2.0], [False, True]),
+    ids=str,
+)
+def test_every_combination(device, vocab, dtype, layout, pattern, filters, scale, own_keys):
+    """The very ids that the written algorithm draws from the written distribution, and their log-probabilities.
+
+    A row's words are those of its position in the flattened batch, with a key a sample of its position in the sample.
+    """
+    logits, uncond = LogitsCase((3, 4), vocab, dtype, layout, pattern).build(device)
+    options = {k: min(v, vocab) if k == "top_k" else v for k, v in FILTERS[filters].items()} | {"temperature": 0.7}
+    seeds = [7, 2**64 - 1, 0] if own_keys else -3
+    key = dx.random_key(seeds, 2**33 + 1, device=device)
+    tokens, log_prob = dx.sample_categorical(logits, uncond_logits=uncond, guidance_scale=scale, key=key, **options)
+    mixed = guided(logits, uncond, scale).cpu()
+    dead = mixed.amax(-1) == -inf
+    rows = mixed.masked_fill(dead[..., None], 0.0).flatten(0, 1)
+    p = torch.stack([filtered_probabilities(row, **options) for row in rows])
+    samples = zip(p.log().split(4), seeds, strict=True) if own_keys else [(p.log(), seeds)]
+    expected = torch.cat([oracles.draws(rows, seed, 2**33 + 1) for rows, seed in samples])
+    assert torch.equal(tokens.cpu(), expected.view(3, 4).masked_fill(dead, -1))
+    assert_close(log_prob, p.log().gather(-1, expected[:, None]).view(3, 4).masked_fill(dead, -inf))
+
+
+@pytest.mark.parametrize("vocab", [31, 1025])
+def test_many_draws(device, vocab):
+    """4,000 ids are those that numpy draws in float64; rounding may change one where two are equally good."""
+    (logits,) = LogitsCase((1, 4_000), vocab).build(device, 1)
+    tokens = dx.sample_categorical(logits, key=dx.random_key(6, device=device)).tokens
+    expected = oracles.draws(logits[0].double().log_softmax(-1), 6, 0)
+    assert (tokens[0].cpu() != expected).sum() <= 1
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.03, 1.0])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_large_shift_changes_no_draw(device, filters, temperature):
+    """The row maximum is subtracted before the temperature divides, or 8192/0.001 would swallow every digit."""
+    logits = (8.0 * LogitsCase((2, 50), 300).build(device, 1)[0]).round() / 64.0  # exact next to 8192
+    key = dx.random_key(5, device=device)
+    options = FILTERS[filters] | {"temperature": temperature, "key": key}
+    plain, shifted = (dx.sample_categorical(z, **options) for z in (logits, logits + 8192.0))
+    assert torch.equal(plain.tokens, shifted.tokens)
+    assert torch.equal(plain.log_prob, shifted.log_prob)
 
 
 # --- greedy ---------------------------------------------------------------------------------------------------------
@@ -347,106 +394,9 @@ def test_keys_a_sample_make_samples_independent_of_the_batch(device, dtype, voca
         assert torch.equal(torch.cat([p.log_prob for p in parts]), whole.log_prob)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "vocab_first", "batch_second"])
-def test_strides_do_not_matter(device, layout):
-    """The same logits give the same draws, however they lie in memory."""
-    dense, strided = (LogitsCase((3, 5), 300, layout=lay).build(device, 1)[0] for lay in ("contiguous", layout))
-    key = dx.random_key(4, device=device)
-    assert torch.equal(*(dx.sample_categorical(z, key=key).tokens for z in (dense, strided)))
-
-
-def test_generators(device):
-    """A generator is reproducible and leaves the default one alone; without one torch.manual_seed decides."""
-    (logits,) = LogitsCase((4, 50), 9).build(device, 1)
-    state = torch.random.get_rng_state()
-    generator = torch.Generator(device).manual_seed(0)
-    first = dx.sample_categorical(logits, generator=generator).tokens
-    again = dx.sample_categorical(logits, generator=torch.Generator(device).manual_seed(0)).tokens
-    assert torch.equal(first, again)
-    assert not torch.equal(first, dx.sample_categorical(logits, generator=generator).tokens)
-    dx.sample_categorical(logits, key=dx.random_key(1, device=device))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        default = dx.sample_categorical(logits).tokens
-        torch.manual_seed(1)
-        assert torch.equal(default, dx.sample_categorical(logits).tokens)
-
-
 def test_no_gradient(device):
     """Neither output asks for one."""
     logits = torch.randn(2, 3, 5, device=device, requires_grad=True)
     tokens, log_prob = dx.sample_categorical(logits, key=dx.random_key(0, device=device))
     assert not tokens.requires_grad
     assert not log_prob.requires_grad
-
-
-# --- bad arguments --------------------------------------------------------------------------------------------------
-
-LOGITS = torch.zeros(2, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected", "given_"),
-    [
-        ("logits", LOGITS.long(), "dtype float32, float16, bfloat16 or float64", "torch.int64"),
-        ("logits", [0.0], "tensor", "list"),
-        ("logits", torch.zeros(2, 0), "V >= 1", "[2, 0]"),
-        ("logits", torch.tensor(1.0), "shape [..., V]", "[]"),
-        ("temperature", -0.1, "[0, inf]", "-0.1"),
-        ("temperature", nan, "finite number", "nan"),
-        ("temperature", inf, "finite number", "inf"),
-        ("temperature", "1", "finite number", "str '1'"),
-        ("top_k", -1, "[0, 4]", "-1"),
-        ("top_k", 5, "[0, 4]", "5"),
-        ("top_k", 2.0, "an integer", "float 2.0"),
-        ("top_k", True, "an integer", "bool True"),
-        ("top_p", 0.0, "(0, 1]", "0.0"),
-        ("top_p", 1.1, "(0, 1]", "1.1"),
-        ("top_p", nan, "finite number", "nan"),
-        ("min_p", -0.1, "[0, 1]", "-0.1"),
-        ("min_p", 1.1, "[0, 1]", "1.1"),
-        ("guidance_scale", 2.0, "1 without ", "2.0"),
-        ("guidance_scale", torch.ones(2), "1 without ", "tensor"),
-        ("uncond_logits", LOGITS[:1], "shape [2, 3, 4]", "[1, 3, 4]"),
-        ("uncond_logits", LOGITS.to(META), "a tensor on", "meta"),
-        ("uncond_logits", LOGITS.int(), "dtype", "torch.int32"),
-        ("generator", 3, "a torch.Generator or None", "int 3"),
-        *(("key", *bad) for bad in BAD_KEYS),
-    ],
-)
-def test_bad_arguments_are_rejected(device, name, value, expected, given_):
-    """The error names the argument, what was expected and what was given."""
-    arguments = {"logits": LOGITS.to(device), name: value}
-    assert_rejected(lambda: dx.sample_categorical(**arguments), name, expected, given_)
-
-
-@pytest.mark.parametrize(
-    ("scale", "expected", "given_"),
-    [(nan, "finite number", "nan"), (torch.ones(3), "shape [2]", "[3]"), (torch.ones(2, device=META), "on", "meta")],
-)
-def test_bad_guidance_scale_is_rejected(device, scale, expected, given_):
-    """With unconditional logits the scale is a finite number or one a sample."""
-    logits = LOGITS.to(device)
-
-    def call():
-        return dx.sample_categorical(logits, uncond_logits=logits, guidance_scale=scale)
-
-    assert_rejected(call, "guidance_scale", expected, given_)
-
-
-def test_key_and_generator_together_are_rejected(device):
-    """Two sources of randomness are one too many."""
-
-    def call():
-        return dx.sample_categorical(
-            LOGITS.to(device), key=dx.random_key(0, device=device), generator=torch.Generator(device)
-        )
-
-    assert_rejected(call, "generator", "None when a key is given", "both")
-
-
-def test_the_largest_temperature_flattens(device):
-    """At 1e3 the ids are drawn almost uniformly, as the oracle says."""
-    assert_draws(torch.linspace(-300.0, 300.0, 17, device=device), 10_000, temperature=1e3)
-    assert math.isclose(float(filtered_probabilities(torch.tensor([0.0, 0.0]), 1e3)[0]), 0.5)

@@ -1,0 +1,111 @@
+"""What only a GPU can show: nothing waits for it, graphs replay with fresh draws, it gives what the CPU gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.calls import CALLS, Inputs, every_call
+from tests.conftest import DTYPES, assert_equivalent
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda:0")
+
+
+def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_call
+def test_nothing_waits_for_the_gpu(name):
+    """No call reads a value back, guided, filtered, masked, forward or backward: that would stall the training step."""
+    x = Inputs.build(GPU)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        CALLS[name](x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_call
+def test_a_graph_reads_keys_and_inputs_at_every_replay(name):
+    """Captured once, replayed with a key that the graph itself advances: the bits of as many eager calls."""
+    warm, captured, eager = (Inputs.build(GPU) for _ in range(3))
+
+    def step(x: Inputs) -> tuple[Tensor, ...]:
+        x.advance()
+        return CALLS[name](x)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(warm)  # what torch sets up on a first call is no part of a graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(captured)
+    replayed = []
+    for _ in range(3):
+        graph.replay()
+        assert_same_bits(outputs, step(eager))
+        replayed.append(outputs[0].clone())
+    for other in replayed[1:]:
+        assert not torch.equal(replayed[0], other)
+
+
+@every_call
+def test_work_is_queued_on_the_current_stream(name):
+    """On another stream, behind a kernel that keeps it busy, a call still sees what was computed before it."""
+    late, expected = Inputs.build(GPU), Inputs.build(GPU)
+    expected.advance()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        late.advance()
+        outputs = CALLS[name](late)
+    side.synchronize()
+    assert_same_bits(outputs, CALLS[name](expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_call
+def test_another_gpu_than_the_current_one(name):
+    outputs = CALLS[name](Inputs.build("cuda:1"))
+    assert all(x.device == torch.device("cuda:1") for x in outputs)
+    assert_same_bits([x.cpu() for x in outputs], [x.cpu() for x in CALLS[name](Inputs.build(GPU))])
+
+
+@every_call
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_gives_what_the_cpu_gives(name, dtype):
+    """Keys, masks and initial tokens exactly; of 10,000 drawn tokens one may differ, where two are equally good."""
+    here, there = (CALLS[name](Inputs.build(device, dtype)) for device in ("cpu", GPU))
+    if name.startswith("sample_categorical"):
+        same = here[0] == there[0].cpu()
+        assert (~same).sum() <= 1
+        here, there = [here[1][same]], [there[1].cpu()[same]]
+    for a, b in zip(there, here, strict=True):
+        assert_equivalent(a, b)
+
+
+LAUNCHERS = {
+    "fold_in": (0, 0, 0, 0, 0, 0),
+    "mask_tokens": (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, False, 1),
+    "init_tokens": (0, 0, 0, 0.5, 0, 0, 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_an_error_of_cuda_names_the_operator(name):
+    """A device that does not exist; the next call works."""
+    core = pytest.importorskip("dimo_ext._core")
+    if core.cuda_toolkit is None:
+        pytest.skip("the compiled module was built without CUDA")
+    with pytest.raises(RuntimeError, match=f"{name}: CUDA error .*invalid device"):
+        getattr(core, f"cuda_{name}")(*LAUNCHERS[name], 4096, 0)
+    assert CALLS[name](Inputs.build(GPU))[0].device == GPU
+    torch.cuda.synchronize()
