@@ -8,17 +8,19 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
-OPERATOR_TESTS := $(addprefix tests/test_,divergence.py cross_entropy.py sampling.py masking.py embedding.py random.py operators.py)
+OPERATOR_TESTS := $(patsubst %,tests/test_%.py,accuracy cross_entropy determinism divergence divergence_limits embedding gpu \
+  large masked_rows masking matching_loss operators random sampling)
 
-.PHONY: help setup distill pretrain doctor test test-full lint format docs bench clean
+.PHONY: help setup distill pretrain doctor test test-full lint format docs failures bench clean
 
 help:
 	@echo "make distill    set up, distil the digits teacher into a one-step generator: runs/digits/"
 	@echo "make test       set up, run every test against the installed wheel"
-	@echo "make test-full  the same with many more hypothesis examples"
+	@echo "make test-full  the same with many more hypothesis examples and the whole cross products"
 	@echo "make pretrain   train the digits teacher anew: runs/digits_teacher/"
 	@echo "make lint       ruff and clang-format;  make format rewrites"
 	@echo "make docs       docs/api.md from the docstrings"
+	@echo "make failures   docs/failures.md from short distillations that go wrong: runs/failures/"
 	@echo "make bench      time the operators: benchmarks/results/"
 	@echo "make doctor     what was built, what serves which device"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) CONFIG=$(CONFIG) ARGS='--run.seed 1'"
@@ -76,6 +78,9 @@ format: $(VENV)/.lint
 
 docs: setup
 	$(BIN)/python -P scripts/api_page.py
+
+failures: setup
+	$(BIN)/python -P scripts/failures.py $(ARGS)
 
 bench: setup
 	@for file in benchmarks/bench_*.py; do \
