@@ -8,14 +8,16 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
+CXX_SOURCES := $(shell find csrc tests/cuda_on_cpu -type f -name '*.*')
 OPERATOR_TESTS := $(addprefix tests/test_,divergence.py cross_entropy.py sampling.py masking.py embedding.py random.py operators.py)
 
-.PHONY: help setup distill pretrain doctor test test-full lint format docs bench clean
+.PHONY: help setup distill pretrain doctor test test-full sanitize lint format docs bench clean
 
 help:
 	@echo "make distill    set up, distil the digits teacher into a one-step generator: runs/digits/"
 	@echo "make test       set up, run every test against the installed wheel"
 	@echo "make test-full  the same with many more hypothesis examples"
+	@echo "make sanitize   the CUDA kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make pretrain   train the digits teacher anew: runs/digits_teacher/"
 	@echo "make lint       ruff and clang-format;  make format rewrites"
 	@echo "make docs       docs/api.md from the docstrings"
@@ -64,15 +66,19 @@ test: $(VENV)/.test
 test-full: $(VENV)/.test
 	HYPOTHESIS_PROFILE=full $(MAKE) test
 
+# Without a GPU: tests/cuda_on_cpu runs the kernels' own source.
+sanitize: $(VENV)/.test
+	DIMO_SANITIZE=1 $(BIN)/pytest tests/test_cuda_on_cpu.py $(ARGS)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 docs: setup
 	$(BIN)/python -P scripts/api_page.py

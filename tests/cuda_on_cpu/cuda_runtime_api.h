@@ -11,7 +11,8 @@
 // * a barrier that not all threads of the block reach, on the same line;
 // * a shuffle, vote or __syncwarp whose mask is not the set of lanes that arrive, or that reads a lane outside its
 // mask;
-// * a misaligned __ldg, __ldcs or __stcs.
+// * a misaligned __ldg, __ldcs or __stcs;
+// * a loop that waits without end (one that spins without waiting hangs).
 // Under -fsanitize=address,undefined a kernel's overruns of shared and global memory and its misaligned vectors end the
 // process; -fsanitize=thread reports races inside a block. Only kernels are instrumented, never runtime.cpp.
 //

@@ -74,6 +74,7 @@ namespace {
 constexpr unsigned kMaxThreads = 1024, kWarp = warpSize;
 constexpr size_t kMaxSharedBytes = 227 << 10;
 constexpr size_t kGuard = 64 << 10, kStack = 128 << 10;  // below every stack lie bytes that no one may touch
+constexpr uint64_t kMaxTurns = 10000;                    // of a thread, on average
 constexpr unsigned kNoSync = 1;                          // a switch orders nothing: threads run at the same time
 
 struct Call {
@@ -158,7 +159,7 @@ void resume(Fiber& fiber) {
 void suspend() { switch_stack(current->stack, main_stack); }
 
 // A fiber outlives its thread and runs that of the next block.
-void run_threads() {
+void run_fiber() {
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &main_stack.bottom, &main_stack.size);
   for (;;) {
     acquire(&begin_clock);
@@ -183,7 +184,7 @@ void create(Fiber& fiber) {
   const uintptr_t top = reinterpret_cast<uintptr_t>(stack.bottom) + kStack - (&fiber - fibers) % 64 * 128;
   void** saved = reinterpret_cast<void**>(top) - kSavedWords;
   std::fill_n(saved, kSavedWords, nullptr);
-  saved[kReturnWord] = reinterpret_cast<void*>(&run_threads);
+  saved[kReturnWord] = reinterpret_cast<void*>(&run_fiber);
   stack.pointer = saved;
 }
 
@@ -250,7 +251,8 @@ void set_error(const std::string& what) {
 
 // --- blocks -------------------------------------------------------------------------------------------------------
 
-[[noreturn]] void fail(const Call& call, const std::string& why) {
+// Owns nothing when it suspends: no destructor of this thread will run.
+[[noreturn]] void fail(const Call& call, const char* why) {
   const unsigned thread = static_cast<unsigned>(current - fibers);
   set_error(text(", thread %u: ", thread) + description(call) + ": " + why);
   release(&end_clock);
@@ -306,13 +308,19 @@ void begin_block() {
   release(&begin_clock);
 }
 
-void run_block() {
-  begin_block();
+void run_threads() {
+  uint64_t turns = kMaxTurns * size;
   while (ready_count > 0 && error.empty()) {
+    if (turns-- == 0) return set_error(": endless loop");
     std::swap(ready[random_below(ready_count)], ready[ready_count - 1]);
     resume(*ready[--ready_count]);
   }
   if (error.empty() && exited < size) set_error(": deadlock");
+}
+
+void run_block() {
+  begin_block();
+  run_threads();
   if (!error.empty()) abandon_fibers();
   acquire(&end_clock);
 }
@@ -329,8 +337,7 @@ uint64_t meet_lanes(const char* operation, unsigned mask, uint64_t value, int so
   const Call call = {operation, site, mask};
   const unsigned id = static_cast<unsigned>(current - fibers), warp = id / kWarp * kWarp;
   if ((mask >> id % kWarp & 1) == 0) fail(call, "the mask leaves out the calling lane");
-  if (source != kSum && (mask >> source & 1) == 0)
-    fail(call, text("the mask leaves out lane %d, which is read", source));
+  if (source != kSum && (mask >> source & 1) == 0) fail(call, "the mask leaves out the lane that is read");
   current->given = value;
   current->source = source;
   Meeting& meeting = lane_meetings[warp + static_cast<unsigned>(__builtin_ctz(mask))];

@@ -118,6 +118,10 @@ __global__ void source_outside_mask(const float* in, float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, in[threadIdx.x], 16);
 }
 
+__global__ void endless_loop(const float* in, float*) {
+  while (in[0] == 0.0f) __syncthreads();
+}
+
 struct Fault {
   const char* name;
   void (*kernel)(const float*, float*);
@@ -138,6 +142,7 @@ const Fault kFaults[] = {
     FAULT(absent_lanes),
     FAULT(lane_outside_mask),
     FAULT(source_outside_mask),
+    FAULT(endless_loop),
 };
 
 }  // namespace
