@@ -8,18 +8,21 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
+CXX_SOURCES := $(shell find csrc tests/cuda_on_cpu -type f -name '*.*')
 OPERATOR_TESTS := $(patsubst %,tests/test_%.py,accuracy cross_entropy determinism divergence divergence_limits embedding gpu \
   large masked_rows masking matching_loss operators random sampling)
 
-.PHONY: help setup distill pretrain doctor test test-full lint format docs failures bench clean
+.PHONY: help setup distill table pretrain doctor test test-full sanitize lint format docs failures bench clean
 
 help:
 	@echo "make distill    set up, distil the digits teacher into a one-step generator: runs/digits/"
 	@echo "make test       set up, run every test against the installed wheel"
 	@echo "make test-full  the same with many more hypothesis examples and the whole cross products"
+	@echo "make sanitize   the CUDA kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make pretrain   train the digits teacher anew: runs/digits_teacher/"
 	@echo "make lint       ruff and clang-format;  make format rewrites"
 	@echo "make docs       docs/api.md from the docstrings"
+	@echo "make table      the README's table of the digits from three training seeds: runs/digits-0 ..."
 	@echo "make failures   docs/failures.md from short distillations that go wrong: runs/failures/"
 	@echo "make bench      time the operators: benchmarks/results/"
 	@echo "make doctor     what was built, what serves which device"
@@ -66,18 +69,29 @@ test: $(VENV)/.test
 test-full: $(VENV)/.test
 	HYPOTHESIS_PROFILE=full $(MAKE) test
 
+# Without a GPU: tests/cuda_on_cpu runs the kernels' own source.
+sanitize: $(VENV)/.test
+	DIMO_SANITIZE=1 $(BIN)/pytest tests/test_cuda_on_cpu.py $(ARGS)
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 docs: setup
 	$(BIN)/python -P scripts/api_page.py
+
+# The teacher's rows take as long as a training: they are measured once, with more seeds.
+table: setup
+	for seed in 0 1 2; do \
+	  $(BIN)/dimo distill --config configs/digits.yaml --run.seed $$seed --run.output runs/digits-$$seed \
+	    $$([ $$seed = 0 ] && echo --report.teacher-seeds 3 || echo --report.teacher-steps 1) || exit 1; done
+	$(BIN)/python -P scripts/digits_table.py runs/digits-0 runs/digits-1 runs/digits-2
 
 failures: setup
 	$(BIN)/python -P scripts/failures.py $(ARGS)

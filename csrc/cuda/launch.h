@@ -32,4 +32,11 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return cudaGetLastError();
 }
 
+// The launch's dynamic shared memory, aligned for any vector.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+}
+
 }  // namespace dimo::cuda

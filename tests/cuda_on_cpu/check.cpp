@@ -1,0 +1,92 @@
+// Runs every kernel at small sizes beside its CPU twin; given a name, that fault of selftest.cu. A program of its own,
+// since a sanitizer wants the whole process.
+#include <cstdio>
+#include <vector>
+
+#include "cuda_runtime_api.h"
+#include "ops.h"
+
+extern "C" int fault(const char* name, const float* in, float* out);
+
+namespace dimo {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+const Ints kKeys = {-3, (int64_t{1} << 40) + 5, 11, 0, 12, -1};
+const std::vector<float> kRatios = {0.0f, 0.37f, 1.0f};
+constexpr int64_t kBatch = 3;
+constexpr int kThreads = 1;
+
+int failures = 0;
+
+void report(const char* kernel, int64_t size, int status, bool equal) {
+  if (status == 0 && equal) return;
+  ++failures;
+  std::printf("%s, size %ld: %s\n", kernel, static_cast<long>(size), status == 0 ? "wrong" : cuda_on_cpu_error());
+}
+
+void check_fold_in(int64_t count) {
+  const Ints numbers(static_cast<size_t>(count), 7);
+  Ints expected(static_cast<size_t>(2 * count)), out = expected;
+  FoldInArgs args = {kKeys.data(), 0, 0, numbers.data(), expected.data(), count};
+  cpu::fold_in(args);
+  args.out = out.data();
+  const int status = cuda::fold_in(args, nullptr);
+  report("fold_in", count, status, out == expected);
+}
+
+void check_mask_tokens(int64_t length, bool bernoulli) {
+  const Ints tokens(static_cast<size_t>(kBatch * length), 5);
+  Ints expected = tokens, out = tokens;
+  std::vector<char> expected_mask(tokens.size()), mask = expected_mask;
+  MaskTokensArgs args = {tokens.data(),
+                         expected.data(),
+                         reinterpret_cast<bool*>(expected_mask.data()),
+                         kBatch,
+                         length,
+                         0.0f,
+                         kRatios.data(),
+                         kKeys.data(),
+                         2,
+                         -7,
+                         1,
+                         bernoulli};
+  cpu::mask_tokens(args, kThreads);
+  args.out_tokens = out.data();
+  args.out_mask = reinterpret_cast<bool*>(mask.data());
+  const int status = cuda::mask_tokens(args, nullptr);
+  report("mask_tokens", length, status, out == expected && mask == expected_mask);
+}
+
+void check_init_tokens(int64_t length) {
+  Ints expected(static_cast<size_t>(kBatch * length)), out = expected;
+  InitTokensArgs args = {expected.data(), kBatch, length, 0.6f, kKeys.data(), 0, -7, 1000};
+  cpu::init_tokens(args, kThreads);
+  args.out_tokens = out.data();
+  const int status = cuda::init_tokens(args, nullptr);
+  report("init_tokens", length, status, out == expected);
+}
+
+int run_fault(const char* name) {
+  const std::vector<float> in(64, 1.0f);
+  std::vector<float> out(64);
+  const int status = fault(name, in.data(), out.data());
+  std::puts(cuda_on_cpu_error());
+  return status != 0;
+}
+
+int run_kernels() {
+  for (const int64_t count : {1, 127, 129}) check_fold_in(count);
+  for (const int64_t length : {1, 5, 127, 128, 129, 700, 4100}) {
+    check_mask_tokens(length, false);
+    check_mask_tokens(length, true);
+    check_init_tokens(length);
+  }
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace dimo
+
+int main(int count, char** arguments) { return count > 1 ? dimo::run_fault(arguments[1]) : dimo::run_kernels(); }

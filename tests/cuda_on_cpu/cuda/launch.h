@@ -1,0 +1,22 @@
+// Launches a kernel on the CPU; stands in for csrc/cuda/launch.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace dimo::cuda {
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+           const Arguments&... arguments) {
+  const auto thread = [&] { kernel(arguments...); };
+  using Thread = decltype(thread);
+  const auto body = [](const void* context) { (*static_cast<Thread*>(context))(); };
+  return cuda_on_cpu::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, body, &thread);
+}
+
+template <class T>
+T* shared_memory() {
+  return static_cast<T*>(cuda_on_cpu::shared_memory());
+}
+
+}  // namespace dimo::cuda

@@ -1,0 +1,315 @@
+"""The CUDA kernels' own source, compiled for the CPU: results, thread orders, and the faults that this harness catches.
+
+tests/cuda_on_cpu/cuda_runtime_api.h says how. Sanitizers run under `make sanitize`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dimo_ext as dx
+from dimo_ext import _backend
+from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
+from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ["g++", "clang++"]), None)
+SUPPORTED = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+
+pytestmark = [
+    pytest.mark.skipif(not SUPPORTED, reason="switches stacks on Linux on x86-64 and aarch64 only"),
+    pytest.mark.skipif(not (COMPILER and shutil.which("make")), reason="needs make and g++ or clang++"),
+]
+
+LENGTHS = [1, 2, 3, 4, 5, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1023, 1025, 4095, 4096, 4097, 5000]
+ORDERS = range(3)  # seeds of the order in which threads run
+THREADS = 64  # of selftest.cu
+LANES = np.arange(THREADS) % 32
+
+
+def built(target: str) -> Path:
+    """The shared library, or a program; compiled anew where a source has changed."""
+    command = ["make", "-s", "-f", "tests/cuda_on_cpu/Makefile", f"-j{os.cpu_count()}", f"CXX={COMPILER}", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return ROOT / "build" / "cuda_on_cpu" / target
+
+
+class Shim:
+    """Calls launchers on arrays' addresses; a launch that fails raises RuntimeError."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(str(built("library")))
+        self.library.cuda_on_cpu_error.restype = ctypes.c_char_p
+
+    def __call__(self, launcher: str, *arguments) -> None:
+        if getattr(self.library, launcher)(*map(_as_c, arguments)) != 0:
+            raise RuntimeError(self.library.cuda_on_cpu_error().decode())
+
+    def order(self, seed: int) -> None:
+        """Seeds the order of blocks and threads."""
+        self.library.cuda_on_cpu_seed(ctypes.c_uint64(seed))
+
+    def kernel(self, operator: str, *_) -> tuple[Callable[..., None], None]:
+        """What dimo_ext calls for a native kernel, which also takes the number of CPU threads."""
+        return (lambda *arguments: self(operator, *arguments[:-1])), None
+
+
+def _as_c(argument):
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes
+    return argument if isinstance(argument, bytes) else ctypes.c_int64(argument)
+
+
+@pytest.fixture(scope="module")
+def shim() -> Shim:
+    return Shim()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _served_by_the_kernels(shim):
+    """Operators on CPU tensors run the CUDA kernels."""
+    with pytest.MonkeyPatch.context() as patch, dx.use_backend("native"):
+        patch.setattr(_backend, "_find_kernel", shim.kernel)
+        yield
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    """For the tests of other files that this one runs once more."""
+    return torch.device("cpu")
+
+
+# --- the library's kernels ------------------------------------------------------------------------------------------
+
+
+def assert_equals_reference(call: Callable[[], tuple[Tensor, ...]]) -> None:
+    served = call()
+    with dx.use_backend("reference"):
+        expected = call()
+    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mode", ["exact", "bernoulli"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_mask_tokens(shim, length, mode, order):
+    """One key and ratio for all, and one a sample; ratios that mask nothing, all, and NaN."""
+    shim.order(order)
+    tokens = torch.arange(4 * length).view(4, length)
+    ratios = torch.tensor([0.0, 0.5, 1.0, torch.nan])
+    masked = partial(dx.mask_tokens, tokens, mask_id=-7, mode=mode)
+    assert_equals_reference(lambda: masked(0.37, key=dx.random_key(-3, 2**40 + 5)))
+    assert_equals_reference(lambda: masked(ratios, key=dx.random_key([5, 6, 7, 8], 9), min_masked=0))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_init_tokens(shim, length, order):
+    """One key for all and one a sample, no token masked, some and all."""
+    shim.order(order)
+    for vocab, ratio, key in [(17, 0.6, dx.random_key(1)), (1, 0.0, dx.random_key([2, 3])), (2**24, 1.0, None)]:
+        key = dx.random_key([-1, 2**63]) if key is None else key
+        init = partial(dx.init_tokens, 2, length, vocab_size=vocab, mask_id=-7, r_init=ratio, key=key)
+        assert_equals_reference(lambda init=init: (init(),))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 1000])
+def test_fold_in(shim, count, order):
+    """One block, a partial one, several; a number for all and one a key."""
+    shim.order(order)
+    keys, numbers = dx.random_key(range(count), 2**40), torch.arange(count) * 2**33 - 5
+    assert_equals_reference(lambda: (dx.fold_in(keys, 7), dx.fold_in(keys, numbers), dx.fold_in(keys[0], numbers)))
+
+
+# --- what the shim promises to do -----------------------------------------------------------------------------------
+
+
+def source_lane(shuffle: str, argument: int, width: int) -> np.ndarray:
+    """The lane that each lane reads, as the CUDA C++ programming guide defines it."""
+    inside, segment = LANES % width, LANES - LANES % width
+    if shuffle == "index":
+        return segment + argument % width
+    if shuffle == "up":
+        return np.where(inside >= argument, LANES - argument, LANES)
+    if shuffle == "down":
+        return np.where(inside + argument < width, LANES + argument, LANES)
+    return np.where((LANES ^ argument) < segment + width, LANES ^ argument, LANES)
+
+
+@pytest.mark.parametrize("width", [2, 8, 32])
+@pytest.mark.parametrize("argument", [0, 1, 5, 16, 31])
+@pytest.mark.parametrize("shuffle", ["index", "up", "down", "xor"])
+def test_shuffles(shim, shuffle, argument, width):
+    """Each lane gets what its source gave, in 32 and 64 bits."""
+    kind = ["index", "up", "down", "xor"].index(shuffle)
+    for launcher, dtype in [("shuffle32", np.float32), ("shuffle64", np.float64)]:
+        given = np.random.default_rng(0).normal(size=THREADS).astype(dtype)
+        taken = np.zeros_like(given)
+        shim(launcher, given, taken, kind, argument, width)
+        expected = given[np.arange(THREADS) // 32 * 32 + source_lane(shuffle, argument, width)]
+        assert np.array_equal(taken, expected)
+
+
+@pytest.mark.parametrize("split", [1, 7, 16, 31])
+def test_votes(shim, split):
+    """Ballot, any and all among the lanes of two masks at once."""
+    rng = np.random.default_rng(split)
+    for share in (0.0, 0.1, 0.9, 1.0):
+        given, votes = (rng.random(THREADS) < share).astype(np.int32), np.zeros((THREADS, 3), np.uint32)
+        shim("vote", given, votes, split)
+        for warp in (0, 32):
+            for lanes in (range(split), range(split, 32)):
+                said = given[warp + np.array(lanes)]
+                ballot = sum(1 << lane for lane, yes in zip(lanes, said, strict=True) if yes)
+                expected = [ballot, said.any(), said.all()]
+                assert (votes[warp + np.array(lanes)] == expected).all()
+
+
+def test_atomics(shim):
+    """Sums, extremes and bits over several blocks; a loop around compare-and-swap adds up too."""
+    given = np.random.default_rng(0).integers(-100, 100, 5 * THREADS).astype(np.int32)
+    out, total, bits = np.zeros(4, np.int32), np.zeros(1, np.float32), np.zeros(1, np.uint64)
+    shim("atomics", given, out, total, bits, 5)
+    assert out.tolist() == [given.sum(), given.max(), given.min(), given.sum()]
+    assert total == 0.5 * given.size
+    assert int(bits[0]) == np.bitwise_or.reduce(1 << (given.astype(object) & 63))
+
+
+@pytest.mark.parametrize("low", [0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001])
+def test_conversions(shim, low):
+    """Every half number, and floats around every boundary between halves, as torch converts them."""
+    count = 2**16
+    every = torch.arange(count, dtype=torch.int32).to(torch.uint16)
+    given = ((np.arange(count, dtype=np.uint32) << 16) | low).view(np.float32)
+    rounded = np.zeros((2, count), np.uint16)
+    widened = np.zeros((2, count), np.float32)
+    shim("convert", given, *rounded, *widened)
+    for i, dtype in enumerate([torch.float16, torch.bfloat16]):
+        np.testing.assert_array_equal(widened[i], every.view(dtype).float().numpy())
+        expected = torch.from_numpy(given).to(dtype).view(torch.uint16).numpy()
+        assert np.array_equal(rounded[i], np.where(np.isnan(given), 0x7FFF, expected))
+
+
+def reversed_by(shim: Shim, launch: Callable[[np.ndarray, np.ndarray], None], order: int) -> bool:
+    given, out = np.arange(THREADS, dtype=np.float32), np.zeros(THREADS, np.float32)
+    shim.order(order)
+    launch(given, out)
+    return np.array_equal(out, given[::-1])
+
+
+def test_a_missing_barrier_gives_wrong_numbers(shim):
+    """Through dynamic shared memory; with its barrier the kernel is right in every order."""
+    assert all(reversed_by(shim, partial(shim, "reverse"), order) for order in range(20))
+    assert not any(reversed_by(shim, partial(shim, "fault", b"dropped_barrier"), order) for order in range(20))
+
+
+# --- what the shim promises to catch --------------------------------------------------------------------------------
+
+
+def failure(shim: Shim, fault: str) -> str:
+    given, out = np.zeros(THREADS + 4, np.float32), np.zeros(THREADS, np.float32)
+    with pytest.raises(RuntimeError, match=rf"{fault}\(float const\*, float\*\), block \(0, 0, 0\)") as caught:
+        shim("fault", fault.encode(), given, out)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "operation", "why"),
+    [
+        ("divergent_barrier", "__syncthreads", "other threads wait elsewhere"),
+        ("barrier_after_exit", "__syncthreads", r"deadlock\n *1 threads \(5 to 5\) have exited\n *63 threads"),
+        ("absent_lanes", "__shfl_down_sync", "deadlock\n.* 32 threads .* wait in .*mask 0xffffffff"),
+        ("lane_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the calling lane"),
+        ("source_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the lane that is read"),
+        ("misaligned_load", "__ldg", "misaligned address"),
+    ],
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fault_ends_the_launch(shim, fault, operation, why, order):
+    """The message names the kernel and the line; the next launch works."""
+    shim.order(order)
+    message = failure(shim, fault)
+    assert re.search(why, message, re.DOTALL), message
+    file, line = re.search(rf"{operation} at (\S+):(\d+)", message).groups()
+    assert operation in (ROOT / file).read_text().splitlines()[int(line) - 1]
+    assert reversed_by(shim, partial(shim, "reverse"), order)
+
+
+def test_an_endless_loop_ends_the_launch(shim):
+    """A loop that waits for others time and again."""
+    assert "endless loop" in failure(shim, "endless_loop")
+
+
+@pytest.mark.parametrize(("threads", "shared_bytes"), [(0, 0), (1025, 0), (32, 2**18)])
+def test_an_impossible_launch_is_refused(shim, threads, shared_bytes):
+    """As a GPU refuses it."""
+    with pytest.raises(RuntimeError, match=f"1 blocks of {threads} threads with {shared_bytes} bytes are no launch"):
+        shim("refused", threads, shared_bytes)
+
+
+# --- sanitizers -----------------------------------------------------------------------------------------------------
+
+sanitized = pytest.mark.skipif(not os.environ.get("DIMO_SANITIZE"), reason="`make sanitize` runs it")
+
+
+def run_program(sanitizer: str, *arguments: str) -> tuple[int, str]:
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}  # a race may leave a kernel in an endless loop
+    command = [built(sanitizer), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@sanitized
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_kernels_are_clean(sanitizer):
+    """Every kernel at small sizes: nothing to report, and the results of the CPU kernels."""
+    assert run_program(sanitizer) == (0, "")
+
+
+@sanitized
+@pytest.mark.parametrize(
+    ("sanitizer", "fault", "report", "lines"),
+    [
+        ("asan", "static_overrun", "global-buffer-overflow|insufficient space", ["next[threadIdx.x] ="]),
+        ("asan", "dynamic_overrun", "heap-buffer-overflow", ["shared_memory<float>()[threadIdx.x + 1] ="]),
+        ("asan", "tail_overrun", "heap-buffer-overflow", ["i <= kThreads"]),
+        ("asan", "misaligned_access", "misaligned address", ["reinterpret_cast<const float4*>(in + 1)"]),
+        ("tsan", "dropped_barrier", "data race", ["row[threadIdx.x] =", "= row[kThreads - 1 - threadIdx.x]"]),
+        ("tsan", "unguarded_count", "data race", ["*out += 1.0f"]),
+    ],
+)
+def test_sanitizers_see(sanitizer, fault, report, lines):
+    """The program fails with a report that names the kernel's lines."""
+    status, output = run_program(sanitizer, fault)
+    assert status != 0
+    assert re.search(report, output), output
+    source = (ROOT / "tests/cuda_on_cpu/selftest.cu").read_text().splitlines()
+    named = "\n".join(source[int(line) - 1] for line in re.findall(r"selftest\.cu:(\d+)", output))
+    assert all(line in named for line in lines), output
+
+
+@sanitized
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_a_failed_launch_leaves_nothing_to_report(sanitizer):
+    """Threads that were abandoned are no leak and no race."""
+    status, output = run_program(sanitizer, "divergent_barrier")
+    assert status == 1
+    assert output.startswith("dimo::cuda::(anonymous namespace)::divergent_barrier"), output
+    assert "Sanitizer" not in output
