@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor
 
 import dimo_ext as dx
-from dimo_ext import _backend
+from dimo_ext import _backend, divergence
+from dimo_ext.divergences import DIVERGENCES
+from tests.conftest import LogitsCase, assert_close, assert_gradient, cross
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
 
@@ -38,6 +42,8 @@ LENGTHS = [1, 2, 3, 4, 5, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1023, 102
 ORDERS = range(3)  # seeds of the order in which threads run
 THREADS = 64  # of selftest.cu
 LANES = np.arange(THREADS) % 32
+DEVICE = torch.device("cpu")
+HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def built(target: str) -> Path:
@@ -65,7 +71,15 @@ class Shim:
 
     def kernel(self, operator: str, *_) -> tuple[Callable[..., None], None]:
         """What dimo_ext calls for a native kernel, which also takes the number of CPU threads."""
-        return (lambda *arguments: self(operator, *arguments[:-1])), None
+        call = partial(self, operator) if operator != "token_divergence" else self.token_divergence
+        return (lambda *arguments: call(*arguments[:-1])), None
+
+    def token_divergence(self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, *outputs) -> None:
+        """The nested arguments of the compiled module, one after another."""
+        rows = [(0, 0, np.zeros(1)) if z is None else (*z[:2], np.array(z[2])) for z in logits]
+        flat = [argument for row in rows for argument in row]
+        shape = (len(sizes) - 1, np.array(sizes))
+        self("token_divergence", kind, parameter, *shape, *flat, *guidance, *temperatures, mask, *factor, *outputs)
 
 
 def _as_c(argument):
@@ -74,6 +88,9 @@ def _as_c(argument):
     if isinstance(argument, np.ndarray):
         return argument.ctypes
     return argument if isinstance(argument, bytes) else ctypes.c_int64(argument)
+
+
+DivergenceKind = IntEnum("DivergenceKind", [d.__name__ for d in DIVERGENCES.values()], start=0)  # as in csrc/ops.h
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +103,7 @@ def _served_by_the_kernels(shim):
     """Operators on CPU tensors run the CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch, dx.use_backend("native"):
         patch.setattr(_backend, "_find_kernel", shim.kernel)
+        patch.setattr(divergence, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
         yield
 
 
@@ -136,6 +154,69 @@ def test_fold_in(shim, count, order):
     shim.order(order)
     keys, numbers = dx.random_key(range(count), 2**40), torch.arange(count) * 2**33 - 5
     assert_equals_reference(lambda: (dx.fold_in(keys, 7), dx.fold_in(keys, numbers), dx.fold_in(keys[0], numbers)))
+
+
+def value_and_gradient(teacher: Tensor, auxiliary: Tensor, name: str, **options) -> tuple[Tensor, Tensor]:
+    auxiliary = auxiliary.detach().requires_grad_()
+    value = dx.token_divergence(teacher, auxiliary, name, **options)
+    (gradient,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), auxiliary)
+    return value.detach(), gradient
+
+
+# One geometry a vocabulary: part of a warp, a warp, a block, a block whose rows shared memory cannot hold.
+VOCABULARIES = [1, 17, 64, 65, 300, 1025, 2049, 4097]
+LAYOUTS = ["contiguous", "sliced", "vocab_first"]
+NAMES = [*(name for name in DIVERGENCES if name not in ("jeffreys", "alpha")), "jeffreys:-0.2", "alpha:0.5", "alpha:-1"]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "name", "dtype", "layout", "pattern"),
+    cross(VOCABULARIES, NAMES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "near"]),
+)
+def test_token_divergence(shim, vocab, name, dtype, layout, pattern):
+    """Every geometry, divergence, dtype, layout and kind of logits against float64; some rows do not count."""
+    shim.order(vocab)
+    teacher, auxiliary, uncond = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 3)
+    mask = torch.arange(21).view(3, 7) % 3 > 0
+    options = {"guidance_scale": torch.tensor([1.0, 1.5, -0.5]), "teacher_temperature": 0.9, "mask": mask}
+    actual = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
+    with dx.use_backend("reference"):
+        expected = value_and_gradient(
+            teacher.double(), auxiliary.double(), name, teacher_uncond_logits=uncond.double(), **options
+        )
+    representable = expected[1].abs().amax(-1) < torch.finfo(dtype).max  # else the row's gradient is 0
+    assert_close(actual[0], expected[0])
+    assert_gradient(actual[1], torch.where(representable[..., None], expected[1], 0.0), near=pattern == "near")
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_divergence_reads_no_row_that_does_not_count(shim, vocab):
+    """Whatever stands there; and the same bits in every order of threads."""
+    teacher, auxiliary = LogitsCase((5,), vocab).build(DEVICE, 2)
+    mask = torch.tensor([True, False, True, True, False])
+    shim.order(0)
+    clean = value_and_gradient(teacher, auxiliary, "jeffreys:0.3", mask=mask)
+    for order, poison in enumerate([torch.nan, torch.inf, -torch.inf]):
+        shim.order(1 + order)
+        dirty = [z.masked_fill(~mask[:, None], poison) for z in (teacher, auxiliary)]
+        assert all(map(torch.equal, clean, value_and_gradient(*dirty, "jeffreys:0.3", mask=mask)))
+    assert clean[0][~mask].eq(0).all()
+    assert clean[1][~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("vocab", [17, 300, 2049, 4097])
+def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
+    """A filtered teacher under reverse KL, a diverged row, a row without a finite logit, the floor."""
+    teacher, auxiliary = LogitsCase((6,), vocab).build(DEVICE, 2)
+    teacher[1, 0], teacher[2, 3], teacher[3] = -torch.inf, torch.nan, -torch.inf
+    auxiliary.requires_grad_()
+    value, zeroed = dx.token_divergence(teacher, auxiliary, "reverse_kl", count_zeroed=True)
+    assert value[1] == torch.inf
+    assert value[2].isnan()
+    assert value[3] == 0
+    assert zeroed == 2
+    floored = dx.token_divergence(teacher, auxiliary, "reverse_kl", teacher_log_floor=-20.0)
+    assert floored[1].isfinite()
 
 
 # --- what the shim promises to do -----------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 
 #if defined(__CUDACC__)
 #define DIMO_HOST_DEVICE __host__ __device__
+#define DIMO_NOINLINE __noinline__
 #else
 #define DIMO_HOST_DEVICE
+#define DIMO_NOINLINE __attribute__((noinline))
 #endif
 
 #if defined(__CUDA_ARCH__) || defined(__clang__)

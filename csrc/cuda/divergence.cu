@@ -45,8 +45,8 @@ struct Mix {
 
 // to[i] = combine(to[i], row[i])
 template <int kThreads, class Combine>
-__device__ __noinline__ void read_row(const Group<kThreads>& group, const LogitRows& logits, int64_t offset,
-                                      int64_t vocab, Combine combine, float* to) {
+__device__ DIMO_NOINLINE void read_row(const Group<kThreads>& group, const LogitRows& logits, int64_t offset,
+                                       int64_t vocab, Combine combine, float* to) {
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     each_element(group, static_cast<const T*>(logits.data) + offset, logits.vocab_stride, vocab,
@@ -56,8 +56,8 @@ __device__ __noinline__ void read_row(const Group<kThreads>& group, const LogitR
 
 // row[i] = from[i], or 0 where `from` is null
 template <int kThreads>
-__device__ __noinline__ void write_row(const Group<kThreads>& group, const LogitRows& logits, int64_t offset,
-                                       int64_t vocab, const float* from) {
+__device__ DIMO_NOINLINE void write_row(const Group<kThreads>& group, const LogitRows& logits, int64_t offset,
+                                        int64_t vocab, const float* from) {
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     write_elements(group, static_cast<T*>(logits.data) + offset, logits.vocab_stride, vocab,
@@ -250,7 +250,7 @@ class Row {
 
 template <class Divergence, int kThreads, int kBlock, bool kCached>
 __global__ __launch_bounds__(kBlock) void token_divergence_kernel(TokenDivergenceArgs args) {
-  extern __shared__ float shared[];
+  float* const shared = shared_memory<float>();
   const Group<kThreads> group(shared);
   constexpr int kRows = kBlock / kThreads;
   const int slot = static_cast<int>(threadIdx.x) / kThreads;
@@ -313,7 +313,7 @@ int token_divergence(const TokenDivergenceArgs& args, void* stream) {
     case DivergenceKind::le_cam:
       return launch_geometry<LeCam>(args, stream);
   }
-  return cudaErrorInvalidValue;
+  return cudaErrorInvalidConfiguration;
 }
 
 }  // namespace dimo::cuda

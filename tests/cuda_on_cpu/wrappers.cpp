@@ -1,5 +1,20 @@
 // The launchers with C linkage, for Python: arguments as those of the compiled module, every number 64 bits wide.
+#include <algorithm>
+
 #include "ops.h"
+
+namespace {
+
+// Strides of every dimension, the vocabulary's last; null for logits that are not given.
+dimo::LogitRows logit_rows(void* data, int64_t dtype, const int64_t* strides, int64_t dims) {
+  dimo::LogitRows rows = {data, static_cast<dimo::DType>(dtype), 0, {}};
+  if (data == nullptr) return rows;
+  std::copy(strides, strides + dims, rows.strides);
+  rows.vocab_stride = strides[dims];
+  return rows;
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -20,6 +35,28 @@ int init_tokens(int64_t* out_tokens, int64_t batch, int64_t length, double ratio
   return dimo::cuda::init_tokens({out_tokens, batch, length, static_cast<float>(ratio), key, key_stride, mask_id,
                                   static_cast<uint32_t>(vocab_size)},
                                  nullptr);
+}
+
+int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t* sizes, void* teacher,
+                     int64_t teacher_dtype, const int64_t* teacher_strides, void* uncond, int64_t uncond_dtype,
+                     const int64_t* uncond_strides, void* auxiliary, int64_t auxiliary_dtype,
+                     const int64_t* auxiliary_strides, void* gradient, int64_t gradient_dtype,
+                     const int64_t* gradient_strides, double guidance_scale, const float* guidance,
+                     int64_t rows_per_sample, double teacher_temperature, double auxiliary_temperature,
+                     double teacher_log_floor, const bool* mask, const float* factor, int64_t factor_stride,
+                     int64_t factor_in_gradient, float* value, int64_t* zeroed) {
+  dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
+  std::copy(sizes, sizes + dims, shape.sizes);
+  for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
+  return dimo::cuda::token_divergence(
+      {static_cast<dimo::DivergenceKind>(kind), parameter, shape,
+       logit_rows(teacher, teacher_dtype, teacher_strides, dims),
+       logit_rows(uncond, uncond_dtype, uncond_strides, dims),
+       logit_rows(auxiliary, auxiliary_dtype, auxiliary_strides, dims),
+       logit_rows(gradient, gradient_dtype, gradient_strides, dims), static_cast<float>(guidance_scale), guidance,
+       rows_per_sample, static_cast<float>(teacher_temperature), static_cast<float>(auxiliary_temperature),
+       static_cast<float>(teacher_log_floor), mask, factor, factor_stride, factor_in_gradient != 0, value, zeroed},
+      nullptr);
 }
 
 }  // extern "C"

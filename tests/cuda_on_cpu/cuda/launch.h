@@ -5,6 +5,9 @@
 
 namespace dimo::cuda {
 
+// Less than a GPU has, so that rows need not be long to be too long for it.
+inline size_t max_shared_bytes() { return 32 << 10; }
+
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
            const Arguments&... arguments) {
