@@ -1,5 +1,7 @@
 // Runs every kernel at small sizes beside its CPU twin; given a name, that fault of selftest.cu. A program of its own,
 // since a sanitizer wants the whole process.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <vector>
 
@@ -68,6 +70,53 @@ void check_init_tokens(int64_t length) {
   report("init_tokens", length, status, out == expected);
 }
 
+LogitRows rows_of(std::vector<float>& logits, int64_t begin, int64_t stride) {
+  return {logits.data() + begin, DType::float32, 1, {stride}};
+}
+
+// Rows that are aligned differently, one of which does not count.
+void check_token_divergence(int64_t vocab) {
+  const bool mask[kBatch] = {true, false, true};
+  const int64_t stride = vocab + 1;
+  std::vector<float> teacher(static_cast<size_t>(kBatch * stride + 1)), auxiliary = teacher, uncond = teacher;
+  for (size_t i = 0; i < teacher.size(); ++i) {
+    teacher[i] = std::sin(3.0f * static_cast<float>(i));
+    auxiliary[i] = std::cos(5.0f * static_cast<float>(i));
+  }
+  std::vector<float> gradients[2] = {teacher, teacher}, values[2] = {kRatios, kRatios};
+  int64_t zeroed = 0;
+  int status = 0;
+  for (const bool on_gpu : {false, true}) {
+    const TokenDivergenceArgs args = {DivergenceKind::jeffreys,
+                                      0.3,
+                                      {kBatch, vocab, 1, {kBatch}},
+                                      rows_of(teacher, 0, stride),
+                                      rows_of(uncond, 1, stride),
+                                      rows_of(auxiliary, 1, stride),
+                                      rows_of(gradients[on_gpu], 1, stride),
+                                      1.5f,
+                                      nullptr,
+                                      1,
+                                      0.9f,
+                                      1.0f,
+                                      -INFINITY,
+                                      mask,
+                                      nullptr,
+                                      0,
+                                      true,
+                                      values[on_gpu].data(),
+                                      &zeroed};
+    if (on_gpu)
+      status = cuda::token_divergence(args, nullptr);
+    else
+      cpu::token_divergence(args, kThreads);
+  }
+  const auto near = [](float a, float b) { return std::abs(a - b) <= 1e-5f; };
+  const bool equal = std::equal(values[0].begin(), values[0].end(), values[1].begin(), near) &&
+                     std::equal(gradients[0].begin(), gradients[0].end(), gradients[1].begin(), near);
+  report("token_divergence", vocab, status, equal && zeroed == 0);
+}
+
 int run_fault(const char* name) {
   const std::vector<float> in(64, 1.0f);
   std::vector<float> out(64);
@@ -83,6 +132,7 @@ int run_kernels() {
     check_mask_tokens(length, true);
     check_init_tokens(length);
   }
+  for (const int64_t vocab : {1, 17, 65, 1025, 2049, 4097}) check_token_divergence(vocab);
   return failures != 0;
 }
 
