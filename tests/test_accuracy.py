@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dimo_ext as dx
 from tests.calls import value_and_gradient, with_gradient
-from tests.conftest import DTYPES, PROFILE, LogitsCase
+from tests.conftest import DTYPES, PROFILE, LogitsCase, assert_close, assert_gradient
 from tests.oracles import DIVERGENCES, definition, oracle, oracle_gradient
 
 TOLERANCE = 1e-5
@@ -96,3 +96,24 @@ def test_a_bfloat16_gradient_is_rounded_once(device, name, reduction):
         exact = exact / divisor
     differing = (gradient != exact.to(torch.bfloat16)).double().mean()
     assert differing < 0.01, f"{differing:.1%} of the elements"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.03, 1.0])
+@pytest.mark.parametrize("name", [*map(str, DIVERGENCES), "cross_entropy"])
+def test_a_large_shift_costs_no_digits(device, name, temperature):
+    """The row maximum is subtracted before anything is scaled, or 8192/0.001 would swallow every digit."""
+    pair = LogitsCase((6,), 33).build(device)
+    teacher, auxiliary = ((temperature * z * 1024.0).round() / 1024.0 for z in pair)  # exact beside 8192
+    exact = [z.double() / temperature for z in (teacher, auxiliary)]
+    teacher, auxiliary = teacher + 8192.0, auxiliary - 4096.0
+    if name == "cross_entropy":
+        targets = teacher.argmax(-1)
+        value, gradient = with_gradient(lambda z: dx.masked_cross_entropy(z, targets, reduction="sum"), auxiliary)
+        expected = with_gradient(lambda z: F.cross_entropy(z, targets, reduction="sum"), auxiliary.double())
+    else:
+        options = {"teacher_temperature": temperature, "auxiliary_temperature": temperature}
+        value, gradient = value_and_gradient(name, teacher, auxiliary, **options)
+        divergence = dx.parse_divergence(name)
+        expected = oracle(divergence, *exact), oracle_gradient(divergence, *exact) / temperature
+    assert_close(value, expected[0])
+    assert_gradient(gradient, expected[1])
