@@ -32,6 +32,7 @@ def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first document with its student rows over all documents: values ``[runs, sampling seeds]``."""
     result = copy.deepcopy(documents[0])
     for row in result["rows"]:
+        row["images_per_second"] = None  # a run's own report has it; here it would mix runs under different load
         if row["kind"] != "student":
             continue
         twins = [next(r for r in d["rows"] if r["name"] == row["name"]) for d in documents]
@@ -45,9 +46,9 @@ def readme_table(document: dict[str, Any]) -> str:
     """Return the columns that a reader compares first."""
     cells = {}
     for row in document["rows"]:
-        leading = {name: row[name] for name in ("network_evaluations", "images_per_second") if row[name] is not None}
+        count = {"network_evaluations": row["network_evaluations"]} if row["kind"] != "real" else {}
         metrics = {key: row["metrics"][key] for key in README_COLUMNS}
-        cells[row["name"]] = leading | {k: Interval(m["mean"], m["low"], m["high"]) for k, m in metrics.items()}
+        cells[row["name"]] = count | {k: Interval(m["mean"], m["low"], m["high"]) for k, m in metrics.items()}
     return metrics_table(cells, "markdown")
 
 

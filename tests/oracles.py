@@ -75,6 +75,17 @@ def oracle_gradient(divergence: dx.Divergence, z_p: Tensor, z_q: Tensor) -> Tens
     return torch.autograd.grad(oracle(divergence, z_p, z_q).sum(), z_q)[0]
 
 
+def cancelling_terms(divergence: dx.Divergence, z_p: Tensor, z_q: Tensor) -> Tensor:
+    """Size of the two terms whose difference is a row's gradient, q·g and q·Σ q·g, with g(1) = 0."""
+    p, q = z_p.double().softmax(-1), z_q.double().softmax(-1)
+    both = (p > 0) & (q > 0)
+    u = (torch.where(both, p, 1.0) / torch.where(both, q, 1.0)).requires_grad_()
+    one, f = torch.ones_like(u).requires_grad_(), definition(divergence)[0]
+    slope, slope_at_one = torch.autograd.grad(f(u).sum() + f(one).sum(), (u, one))
+    pull = (q * (f(u) - u * slope + slope_at_one)).detach()
+    return pull.norm(dim=-1) + q.norm(dim=-1) * pull.sum(-1).abs()
+
+
 def representable(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient with the rows that the dtype cannot hold set to 0."""
     return torch.where(gradient.to(dtype).isfinite().all(-1, keepdim=True), gradient, 0.0)

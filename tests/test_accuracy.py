@@ -12,16 +12,16 @@ from tests.calls import value_and_gradient, with_gradient
 from tests.conftest import DTYPES, PROFILE, LogitsCase, assert_close, assert_gradient
 from tests.oracles import DIVERGENCES, definition, oracle, oracle_gradient
 
-TOLERANCE = 1e-5
+TOLERANCE, NEAR = 1e-5, 5e-5  # where p and q differ by 0.01, rounding them costs a hundred times as much
 VOCABULARIES = [33, 1025, 50257] if PROFILE == "full" else [8193]
 every_vocab = pytest.mark.parametrize("vocab", VOCABULARIES)
 every_dtype = pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float64], ids=str)
 
 
-def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor) -> None:
+def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor, tolerance: float = TOLERANCE) -> None:
     """Relative L2 errors of whole tensors; NaN never passes."""
     ours, theirs = (float((x.double() - exact).norm() / exact.norm()) for x in (actual, baseline))
-    assert ours <= theirs + TOLERANCE, f"error {ours:.1e}, PyTorch's {theirs:.1e}"
+    assert ours <= theirs + tolerance, f"error {ours:.1e}, PyTorch's {theirs:.1e}"
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
@@ -31,7 +31,7 @@ def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor) -> None:
 def test_token_divergence(device, divergence, dtype, vocab, pattern):
     """Beside Σ q f(p/q) of two softmaxes and its autograd."""
     teacher, auxiliary = LogitsCase((4,), vocab, dtype, pattern=pattern).build(device)
-    f = definition(divergence)[0]
+    f, tolerance = definition(divergence)[0], NEAR if pattern == "near" else TOLERANCE
 
     def plain(z: Tensor) -> Tensor:
         p, q = teacher.float().softmax(-1), z.float().softmax(-1)
@@ -39,9 +39,9 @@ def test_token_divergence(device, divergence, dtype, vocab, pattern):
 
     value, gradient = value_and_gradient(divergence, teacher, auxiliary)
     baseline = with_gradient(plain, auxiliary)
-    assert_no_worse(value, baseline[0], oracle(divergence, teacher, auxiliary))
+    assert_no_worse(value, baseline[0], oracle(divergence, teacher, auxiliary), tolerance)
     if pattern != "near" or divergence != dx.TotalVariation():  # whose gradient jumps where p = q
-        assert_no_worse(gradient, baseline[1], oracle_gradient(divergence, teacher, auxiliary))
+        assert_no_worse(gradient, baseline[1], oracle_gradient(divergence, teacher, auxiliary), tolerance)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
