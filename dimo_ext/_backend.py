@@ -74,7 +74,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" (native where it exists, else the reference), "native" (an operator without a native kernel for
-            the device raises RuntimeError) or "reference" (plain PyTorch). DIMO_EXT_BACKEND sets the default.
+            the device raises RuntimeError) or "reference" (plain PyTorch). DIMO_EXT_BACKEND sets the default. Kernels
+            take float32 and half types: float64 logits, and more than 9 dimensions, run on plain PyTorch always.
 
     Raises:
         ValueError: unknown name.

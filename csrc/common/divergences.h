@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/macros.h"
+#include "ops.h"
 
 namespace dimo {
 
@@ -84,28 +85,30 @@ DIMO_HOST_DEVICE inline typename Math::F kl_term(typename Math::F p, typename Ma
   return Math::select(Math::abs(x) < 1.0f, near, p * x - p + q);
 }
 
-template <class Math>
-struct ForwardKL {
-  using F = typename Math::F;
+// What all but Jeffreys make of a row's sums.
+struct OneValue {
   static constexpr bool kTwoValues = false;
+  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+};
+
+template <class Math>
+struct ForwardKL : OneValue {
+  using F = typename Math::F;
   DIMO_HOST_DEVICE explicit ForwardKL(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     return {kl_term<Math>(e.p, e.q, e.x), Math::splat(0.0f), -e.p};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, 0.0f, -1.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct ReverseKL {
+struct ReverseKL : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit ReverseKL(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     return {kl_term<Math>(e.q, e.p, -e.x), Math::splat(0.0f), -e.q * e.x};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {kInfinity, 1.0f, kInfinity, 0.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 // (1 - beta) KL(p|q) + beta KL(q|p); beta is neither 0 nor 1, which are the KLs.
@@ -131,9 +134,8 @@ struct Jeffreys {
 };
 
 template <class Math>
-struct JensenShannon {
+struct JensenShannon : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   float pi, rest;
   DIMO_HOST_DEVICE explicit JensenShannon(double parameter)
       : pi(static_cast<float>(parameter)), rest(static_cast<float>(1.0 - parameter)) {}
@@ -154,13 +156,11 @@ struct JensenShannon {
     const float no_p = -rest * logf(rest);
     return {no_p, -pi * logf(pi), no_p, 0.0f};
   }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct SquaredHellinger {
+struct SquaredHellinger : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit SquaredHellinger(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const F half = expm1_near<Math>(0.5f * Math::clamp(e.x, 1.0f));
@@ -170,13 +170,11 @@ struct SquaredHellinger {
             Math::select(near, -e.q * half, e.q - root_p * root_q)};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, 1.0f, 1.0f, 0.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct TotalVariation {
+struct TotalVariation : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit TotalVariation(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const F near = e.q * expm1_near<Math>(Math::clamp(e.x, 1.0f));
@@ -186,13 +184,11 @@ struct TotalVariation {
             Math::select(e.x > 0.0f, -half_q, Math::select(e.x < 0.0f, half_q, zero))};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {0.5f, 0.5f, 0.5f, 0.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct PearsonChi2 {
+struct PearsonChi2 : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit PearsonChi2(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f));
@@ -202,13 +198,11 @@ struct PearsonChi2 {
             Math::select(near, -e.q * minus_1 * (minus_1 + 2.0f), e.q - ratio)};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, 1.0f, -kInfinity}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct NeymanChi2 {
+struct NeymanChi2 : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit NeymanChi2(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const F near_x = Math::clamp(e.x, 1.0f), inverse_minus_1 = expm1_near<Math>(-near_x);
@@ -218,13 +212,11 @@ struct NeymanChi2 {
             Math::splat(0.0f), 2.0f * Math::select(near, e.q * inverse_minus_1, ratio - e.q)};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {kInfinity, 1.0f, kInfinity, 0.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct Alpha {
+struct Alpha : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   float alpha, inverse, norm, reach;
   DIMO_HOST_DEVICE explicit Alpha(double parameter)
       : alpha(static_cast<float>(parameter)),
@@ -246,13 +238,11 @@ struct Alpha {
     const float no_p = alpha > 0.0f ? inverse : kInfinity;
     return {no_p, alpha < 1.0f ? 1.0f / (1.0f - alpha) : kInfinity, no_p, alpha < 1.0f ? 0.0f : -kInfinity};
   }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
-struct LeCam {
+struct LeCam : OneValue {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = false;
   DIMO_HOST_DEVICE explicit LeCam(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f)), sum = e.p + e.q;
@@ -264,7 +254,6 @@ struct LeCam {
     return {difference * slope, Math::splat(0.0f), -e.q * slope * (slope + 2.0f)};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, 1.0f, 1.0f, 0.0f}; }
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 // The terms where p or q is 0: multiples of the other, or infinite; nothing where both are.
@@ -306,6 +295,39 @@ DIMO_HOST_DEVICE inline Terms<typename Math::F> terms_at(const Divergence& diver
     result.second = at_limit<Math>(terms.second, e.p, e.q, no_p, no_q, limits.second_no_p, limits.second_no_q);
   result.pull = at_limit<Math>(terms.pull, e.p, e.q, no_p, no_q, limits.pull_no_p, limits.pull_no_q);
   return result;
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Returns visit(Type<D>{}) for the functor D of a kind.
+template <class Math, class Visit>
+auto with_divergence(DivergenceKind kind, const Visit& visit) {
+  switch (kind) {
+    case DivergenceKind::forward_kl:
+      return visit(Type<ForwardKL<Math>>{});
+    case DivergenceKind::reverse_kl:
+      return visit(Type<ReverseKL<Math>>{});
+    case DivergenceKind::jeffreys:
+      return visit(Type<Jeffreys<Math>>{});
+    case DivergenceKind::jensen_shannon:
+      return visit(Type<JensenShannon<Math>>{});
+    case DivergenceKind::squared_hellinger:
+      return visit(Type<SquaredHellinger<Math>>{});
+    case DivergenceKind::total_variation:
+      return visit(Type<TotalVariation<Math>>{});
+    case DivergenceKind::pearson_chi2:
+      return visit(Type<PearsonChi2<Math>>{});
+    case DivergenceKind::neyman_chi2:
+      return visit(Type<NeymanChi2<Math>>{});
+    case DivergenceKind::alpha:
+      return visit(Type<Alpha<Math>>{});
+    case DivergenceKind::le_cam:
+      break;
+  }
+  return visit(Type<LeCam<Math>>{});
 }
 
 }  // namespace dimo

@@ -27,8 +27,10 @@ struct LogitRows {
   int64_t strides[kMaxDims];
 };
 
+// Static, like everything that a file compiled for several instruction sets includes: no copy is merged into another.
+
 // Where a row begins, in elements.
-DIMO_HOST_DEVICE inline int64_t row_offset(const RowShape& shape, const LogitRows& logits, int64_t row) {
+DIMO_HOST_DEVICE static inline int64_t row_offset(const RowShape& shape, const LogitRows& logits, int64_t row) {
   int64_t offset = 0;
   for (int d = shape.dims - 1; d > 0; --d) {
     offset += row % shape.sizes[d] * logits.strides[d];
@@ -38,7 +40,7 @@ DIMO_HOST_DEVICE inline int64_t row_offset(const RowShape& shape, const LogitRow
 }
 
 // Whether rows and ids follow one another without gaps.
-DIMO_HOST_DEVICE inline bool is_dense(const RowShape& shape, const LogitRows& logits) {
+DIMO_HOST_DEVICE static inline bool is_dense(const RowShape& shape, const LogitRows& logits) {
   int64_t expected = shape.vocab;
   for (int d = shape.dims - 1; d >= 0; --d) {
     if (shape.sizes[d] != 1 && logits.strides[d] != expected) return false;

@@ -9,6 +9,7 @@
 
 #include "common/divergences.h"
 #include "common/rows.h"
+#include "cpu/isa.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -446,42 +447,18 @@ void run_width(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
                : run_rows<Layout, Divergence, false>(args, begin, end);
 }
 
-template <template <class> class Divergence>
+template <class Divergence>
 void run_layout(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
   const bool strided = args.teacher.vocab_stride != 1 && args.auxiliary.vocab_stride != 1;
   const bool across = strided || args.shape.vocab <= kShortVocab;
-  return across ? run_width<Across, Divergence<VecMath>>(args, begin, end)
-                : run_width<Along, Divergence<VecMath>>(args, begin, end);
+  return across ? run_width<Across, Divergence>(args, begin, end) : run_width<Along, Divergence>(args, begin, end);
 }
 
 }  // namespace
 
-namespace DIMO_ISA {
-
-void token_divergence_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
-  switch (args.kind) {
-    case DivergenceKind::forward_kl:
-      return run_layout<ForwardKL>(args, begin, end);
-    case DivergenceKind::reverse_kl:
-      return run_layout<ReverseKL>(args, begin, end);
-    case DivergenceKind::jeffreys:
-      return run_layout<Jeffreys>(args, begin, end);
-    case DivergenceKind::jensen_shannon:
-      return run_layout<JensenShannon>(args, begin, end);
-    case DivergenceKind::squared_hellinger:
-      return run_layout<SquaredHellinger>(args, begin, end);
-    case DivergenceKind::total_variation:
-      return run_layout<TotalVariation>(args, begin, end);
-    case DivergenceKind::pearson_chi2:
-      return run_layout<PearsonChi2>(args, begin, end);
-    case DivergenceKind::neyman_chi2:
-      return run_layout<NeymanChi2>(args, begin, end);
-    case DivergenceKind::alpha:
-      return run_layout<Alpha>(args, begin, end);
-    case DivergenceKind::le_cam:
-      return run_layout<LeCam>(args, begin, end);
-  }
+void DIMO_ISA::token_divergence_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
+  with_divergence<VecMath>(args.kind,
+                           [&](auto divergence) { run_layout<typename decltype(divergence)::type>(args, begin, end); });
 }
 
-}  // namespace DIMO_ISA
 }  // namespace dimo::cpu

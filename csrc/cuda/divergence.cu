@@ -278,9 +278,8 @@ int launch_rows(const TokenDivergenceArgs& args, void* stream) {
 }
 
 // Part of a warp, a warp or a block a row; rows that shared memory cannot hold are streamed.
-template <template <class> class Divergence>
+template <class D>
 int launch_geometry(const TokenDivergenceArgs& args, void* stream) {
-  using D = Divergence<ScalarMath>;
   if (args.shape.vocab <= 64) return launch_rows<D, 8, 128, true>(args, stream);
   if (args.shape.vocab <= 2048) return launch_rows<D, kWarp, 128, true>(args, stream);
   if (shared_bytes(args, 1) <= max_shared_bytes()) return launch_rows<D, 512, 512, true>(args, stream);
@@ -291,29 +290,8 @@ int launch_geometry(const TokenDivergenceArgs& args, void* stream) {
 
 int token_divergence(const TokenDivergenceArgs& args, void* stream) {
   if (args.shape.rows == 0) return cudaSuccess;
-  switch (args.kind) {
-    case DivergenceKind::forward_kl:
-      return launch_geometry<ForwardKL>(args, stream);
-    case DivergenceKind::reverse_kl:
-      return launch_geometry<ReverseKL>(args, stream);
-    case DivergenceKind::jeffreys:
-      return launch_geometry<Jeffreys>(args, stream);
-    case DivergenceKind::jensen_shannon:
-      return launch_geometry<JensenShannon>(args, stream);
-    case DivergenceKind::squared_hellinger:
-      return launch_geometry<SquaredHellinger>(args, stream);
-    case DivergenceKind::total_variation:
-      return launch_geometry<TotalVariation>(args, stream);
-    case DivergenceKind::pearson_chi2:
-      return launch_geometry<PearsonChi2>(args, stream);
-    case DivergenceKind::neyman_chi2:
-      return launch_geometry<NeymanChi2>(args, stream);
-    case DivergenceKind::alpha:
-      return launch_geometry<Alpha>(args, stream);
-    case DivergenceKind::le_cam:
-      return launch_geometry<LeCam>(args, stream);
-  }
-  return cudaErrorInvalidConfiguration;
+  return with_divergence<ScalarMath>(
+      args.kind, [&](auto divergence) { return launch_geometry<typename decltype(divergence)::type>(args, stream); });
 }
 
 }  // namespace dimo::cuda
