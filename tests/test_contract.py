@@ -156,8 +156,10 @@ def test_forward_mode_is_refused(device, name):
         torch.func.jvp(lambda z: CALLS[name](x | {target: z}, key), (x[target],), (torch.ones_like(x[target]),))
 
 
-def test_inductor(device):
+def test_inductor(device, tmp_path, monkeypatch):
     """One function with every operator, compiled without graph breaks, forward and backward."""
+    # The machine's own cache may hold a library that a killed process left half-written.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def step(x, key):
         drawn = dx.sample_categorical(x["student"], key=key)
