@@ -221,7 +221,7 @@ LogitRows logit_rows(const std::optional<LogitsArgument>& argument, size_t dims)
   LogitRows rows = {};
   if (!argument) return rows;
   const auto& [address, dtype, strides] = *argument;
-  if (strides.size() != dims + 1) throw std::invalid_argument("token_divergence: one stride a dimension is needed");
+  if (strides.size() != dims + 1) throw std::invalid_argument("logits: one stride a dimension is needed");
   rows.data = pointer<void>(address);
   rows.dtype = static_cast<DType>(dtype);
   rows.vocab_stride = strides.back();
@@ -243,7 +243,7 @@ TokenDivergenceArgs token_divergence_args(DivergenceKind kind, double parameter,
                                           const std::tuple<double, Address, int64_t>& guidance,
                                           const std::array<double, 3>& temperatures_and_floor, Address mask,
                                           const std::tuple<Address, int64_t, bool>& factor, Address value,
-                                          Address zeroed) {
+                                          Address zeroed, Address ticket) {
   const RowShape shape = row_shape(sizes);
   const size_t dims = static_cast<size_t>(shape.dims);
   return {kind,
@@ -264,7 +264,8 @@ TokenDivergenceArgs token_divergence_args(DivergenceKind kind, double parameter,
           std::get<1>(factor),
           std::get<2>(factor),
           pointer<float>(value),
-          pointer<int64_t>(zeroed)};
+          pointer<int64_t>(zeroed),
+          pointer<int32_t>(ticket)};
 }
 
 void define_token_divergence(py::module_& m) {
@@ -286,14 +287,14 @@ void define_token_divergence(py::module_& m) {
       [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
          const std::array<std::optional<LogitsArgument>, 4>& logits,
          const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
-         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed, Address ticket,
          int num_threads) {
         cpu::token_divergence(token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor,
-                                                    mask, factor, value, zeroed),
+                                                    mask, factor, value, zeroed, ticket),
                               num_threads);
       },
       arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
-      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("num_threads"), no_gil,
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("ticket"), arg("num_threads"), no_gil,
       "logits: teacher, unconditional, auxiliary, gradient; guidance: scale, scales, rows a sample; factor: address, "
       "stride, whether the gradient includes it.");
 #if defined(DIMO_WITH_CUDA)
@@ -302,16 +303,35 @@ void define_token_divergence(py::module_& m) {
       [](DivergenceKind kind, double parameter, const std::vector<int64_t>& sizes,
          const std::array<std::optional<LogitsArgument>, 4>& logits,
          const std::tuple<double, Address, int64_t>& guidance, const std::array<double, 3>& temperatures_and_floor,
-         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed,
+         Address mask, const std::tuple<Address, int64_t, bool>& factor, Address value, Address zeroed, Address ticket,
          int device_index, Address stream) {
         on_device(device_index, stream, "token_divergence", &cuda::token_divergence,
                   token_divergence_args(kind, parameter, sizes, logits, guidance, temperatures_and_floor, mask, factor,
-                                        value, zeroed));
+                                        value, zeroed, ticket));
       },
       arg("kind"), arg("parameter"), arg("sizes"), arg("logits"), arg("guidance"), arg("temperatures_and_floor"),
-      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("device_index"), arg("stream"), no_gil);
+      arg("mask"), arg("factor"), arg("value"), arg("zeroed"), arg("ticket"), arg("device_index"), arg("stream"),
+      no_gil);
 #endif
 }
+
+#if defined(DIMO_WITH_CUDA)
+void define_scale_gradient(py::module_& m) {
+  using py::arg;
+  m.def(
+      "cuda_scale_gradient",
+      [](const std::vector<int64_t>& sizes, const LogitsArgument& from, const LogitsArgument& to, Address upstream,
+         int64_t upstream_stride, Address factor, int64_t factor_stride, int device_index, Address stream) {
+        const RowShape shape = row_shape(sizes);
+        const size_t dims = static_cast<size_t>(shape.dims);
+        on_device(device_index, stream, "scale_gradient", &cuda::scale_gradient,
+                  {shape, logit_rows(from, dims), logit_rows(to, dims), pointer<const float>(upstream), upstream_stride,
+                   pointer<const float>(factor), factor_stride});
+      },
+      arg("sizes"), arg("from"), arg("to"), arg("upstream"), arg("upstream_stride"), arg("factor"),
+      arg("factor_stride"), arg("device_index"), arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
 
 void define_init_tokens(py::module_& m) {
   using py::arg;
@@ -348,6 +368,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_isa(m);
   dimo::define_fold_in(m);
   dimo::define_token_divergence(m);
+#if defined(DIMO_WITH_CUDA)
+  dimo::define_scale_gradient(m);
+#endif
   dimo::define_mask_tokens(m);
   dimo::define_init_tokens(m);
 }

@@ -63,8 +63,8 @@ enum class DivergenceKind : int32_t {
 };
 
 // D(p | q) of each token, p = softmax(teacher / t_p), q = softmax(auxiliary / t_q), times the token's factor, and its
-// gradient with respect to the auxiliary logits. Tokens that the mask leaves out, or whose factor is 0, are not read:
-// value and gradient are 0. So are those of a row without a finite logit.
+// gradient with respect to the auxiliary logits. Tokens that the mask leaves out are not read; where they
+// are left out, or their factor is 0, value and gradient are 0. So are those of a row without a finite logit.
 struct TokenDivergenceArgs {
   DivergenceKind kind;
   double parameter;  // beta, pi or alpha
@@ -85,6 +85,17 @@ struct TokenDivergenceArgs {
   bool factor_in_gradient;  // else the values alone are multiplied
   float* value;             // [rows]
   int64_t* zeroed;          // is increased by the number of rows whose gradient the dtype cannot hold: it is 0 there
+  int32_t* ticket;  // a counter that is 0, with which CUDA blocks share rows out where some do not count; or null
+};
+
+// to = from * upstream * factor, computed in float; zeros stay zeros whatever they meet. `to` may be `from`.
+struct ScaleGradientArgs {
+  RowShape shape;
+  LogitRows from, to;
+  const float* upstream;  // [rows] (upstream_stride 1) or one for all (0)
+  int64_t upstream_stride;
+  const float* factor;  // the same, or null = 1
+  int64_t factor_stride;
 };
 
 namespace cpu {
@@ -102,6 +113,7 @@ int fold_in(const FoldInArgs& args, void* stream);
 int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
 int token_divergence(const TokenDivergenceArgs& args, void* stream);
+int scale_gradient(const ScaleGradientArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

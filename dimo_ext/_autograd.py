@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+from ._backend import MAX_DIMS, address, compiled_function, current_backend, logit_rows, placement
+
 
 def needs_gradient(receiver: Tensor) -> bool:
     """Whether a backward pass can reach ``receiver``: only then is its gradient computed."""
@@ -68,6 +70,7 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
     factor, _, ctx.available = inputs[-3:]
     ctx.save_for_backward(output[-1], factor if inputs[0].dtype == torch.float16 else None)
     ctx.inputs = len(inputs)
+    ctx.backend = current_backend()  # the backward may run on another thread
 
 
 def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -76,16 +79,20 @@ def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
         return (None,) * ctx.inputs
     if not ctx.available:
         raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
-    return _Scale.apply(gradient, upstream, factor), *[None] * (ctx.inputs - 1)
+    return _Scale.apply(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
 
 
 class _Scale(torch.autograd.Function):
     """gradient × upstream; its own derivative is refused, since the operator keeps only its first one."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str) -> Tensor:
         if factor is None and _is_one(upstream):
-            return gradient.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else gradient
+            return gradient.clone() if _is_kept() else gradient
+        if backend != "reference" and _is_plain(gradient, upstream, factor):
+            kernel = compiled_function("scale_gradient", gradient.device)
+            if kernel is not None and upstream.dtype == torch.float32 and gradient.dim() <= MAX_DIMS:
+                return _scale_on_device(kernel, gradient, upstream, factor)
         upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
         upstream = upstream if factor is None else upstream * factor
         scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
@@ -97,7 +104,29 @@ class _Scale(torch.autograd.Function):
         raise RuntimeError("dimo_ext operators are once differentiable: no gradient of a gradient (create_graph=True)")
 
 
+def _scale_on_device(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+    """Gradient × upstream × factor in the gradient's own memory, unless a retained graph needs it again."""
+    to = torch.empty_like(gradient) if _is_kept() else gradient
+    upstream, factor = (None if t is None else t.contiguous() for t in (upstream, factor))
+    kernel(
+        gradient.shape, logit_rows(gradient), logit_rows(to), upstream.data_ptr(), min(upstream.dim(), 1),
+        address(factor), 0 if factor is None else min(factor.dim(), 1), *placement(gradient.device),
+    )  # fmt: skip
+    return to
+
+
+def _is_kept() -> bool:
+    """Whether the running backward retains its graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors with memory of their own, not traced and not wrapped."""
+    given = [t for t in tensors if t is not None]
+    wrapped = any(type(t) is not Tensor or functorch.is_functorch_wrapped_tensor(t) for t in given)
+    return not wrapped and not torch.compiler.is_compiling()
+
+
 def _is_one(upstream: Tensor) -> bool:
     """Whether the upstream gradient is known to be 1 without waiting for a device: plain ``loss.backward()``."""
-    plain = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and upstream.dim() == 0 and upstream.item() == 1.0
+    return upstream.device.type == "cpu" and _is_plain(upstream) and upstream.dim() == 0 and upstream.item() == 1.0

@@ -122,6 +122,12 @@ def native_kernel(op: str, device: torch.device) -> Callable[..., Any] | None:
     return kernel
 
 
+def compiled_function(name: str, device: torch.device) -> Callable[..., Any] | None:
+    """A helper of the operators in the compiled module, where the device can run it."""
+    usable = _device_problem(device.type, device.index) is None
+    return getattr(_core, f"{device.type}_{name}", None) if usable else None
+
+
 def placement(device: torch.device) -> tuple[int, ...]:
     """The trailing arguments of a native launcher: threads on the CPU, device and stream on a GPU."""
     if device.type == "cpu":

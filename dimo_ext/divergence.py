@@ -56,6 +56,7 @@ def _token_divergence(
     gradient = torch.empty_like(receiver) if need_gradient else receiver.new_empty(0)
     value = teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
     zeroed = torch.zeros((), dtype=torch.int64, device=teacher.device)
+    ticket = None if mask is None or not teacher.is_cuda else torch.zeros((), dtype=torch.int32, device=teacher.device)
     mask, factor = (None if t is None else t.contiguous() for t in (mask, factor))
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
@@ -65,7 +66,7 @@ def _token_divergence(
         (guidance_scale, address(guidance), rows_per_sample(teacher)),
         (teacher_temperature, auxiliary_temperature, floor), address(mask),
         (address(factor), 1 if factor is not None and factor.dim() else 0, receiver.dtype != torch.float16),
-        value.data_ptr(), zeroed.data_ptr(), *placement(teacher.device),
+        value.data_ptr(), zeroed.data_ptr(), address(ticket), *placement(teacher.device),
     )  # fmt: skip
     return value.sum() if reduce else value, zeroed, gradient
 

@@ -163,8 +163,8 @@ def value_and_gradient(teacher: Tensor, auxiliary: Tensor, name: str, **options)
     return value.detach(), gradient
 
 
-# One geometry a vocabulary: part of a warp, a warp, a block, a block whose rows shared memory cannot hold.
-VOCABULARIES = [1, 17, 64, 65, 300, 1025, 2049, 4097]
+# Geometries: one lane a row, 4, 16, a warp with 2 and with 4 packs a thread, several warps, longer than a block holds.
+VOCABULARIES = [1, 17, 33, 65, 129, 300, 1025, 2049, 17001]
 LAYOUTS = ["contiguous", "sliced", "vocab_first"]
 NAMES = [*(name for name in DIVERGENCES if name not in ("jeffreys", "alpha")), "jeffreys:-0.2", "alpha:0.5", "alpha:-1"]
 
@@ -204,7 +204,7 @@ def test_divergence_reads_no_row_that_does_not_count(shim, vocab):
     assert clean[1][~mask].eq(0).all()
 
 
-@pytest.mark.parametrize("vocab", [17, 300, 2049, 4097])
+@pytest.mark.parametrize("vocab", [17, 65, 129, 300, 2049, 17001])
 def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
     """A filtered teacher under reverse KL, a diverged row, a row without a finite logit, the floor."""
     teacher, auxiliary = LogitsCase((6,), vocab).build(DEVICE, 2)

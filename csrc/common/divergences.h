@@ -40,24 +40,26 @@ constexpr float kInfinity = INFINITY;
 // Up to here, in nats, the largest logits of both sides count as near; as in reference.py.
 constexpr float kNearTops = 16.0f;
 
-// exp(y) - 1 - y for |y| <= 1, relative error about 1e-7.
+// Where |log p/q| is below this, series stand for differences that would cancel; elsewhere they may overflow, unused.
+constexpr float kNear = 0.5f;
+
+// exp(y) - 1 - y for |y| <= kNear, relative error about 1e-7.
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
-  typename Math::F series = Math::splat(1.0f / 39916800.0f);
-  constexpr float kCoefficients[] = {1.0f / 3628800, 1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720,
-                                     1.0f / 120,     1.0f / 24,     1.0f / 6,     1.0f / 2};
+  typename Math::F series = Math::splat(1.0f / 40320);
+  constexpr float kCoefficients[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2};
   DIMO_UNROLL
-  for (int i = 0; i < 9; ++i) series = Math::fma(series, y, Math::splat(kCoefficients[i]));
+  for (int i = 0; i < 6; ++i) series = Math::fma(series, y, Math::splat(kCoefficients[i]));
   return series * y * y;
 }
 
-// exp(y) - 1 for |y| <= 1.
+// exp(y) - 1 for |y| <= kNear.
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F expm1_near(typename Math::F y) {
   return y + expm1_minus_near<Math>(y);
 }
 
-// exp(y) - 1 - y and exp(-y) - 1 + y for |y| <= 1, from their even and odd parts.
+// exp(y) - 1 - y and exp(-y) - 1 + y for |y| <= kNear, from their even and odd parts.
 template <class F>
 struct BothSigns {
   F plus, minus;
@@ -66,11 +68,10 @@ template <class Math>
 DIMO_HOST_DEVICE inline BothSigns<typename Math::F> expm1_minus_both(typename Math::F y) {
   using F = typename Math::F;
   const F square = y * y;
-  F even = Math::splat(1.0f / 3628800), odd = Math::splat(1.0f / 39916800);
-  constexpr float kEven[] = {1.0f / 40320, 1.0f / 720, 1.0f / 24, 1.0f / 2};
-  constexpr float kOdd[] = {1.0f / 362880, 1.0f / 5040, 1.0f / 120, 1.0f / 6};
+  F even = Math::splat(1.0f / 720), odd = Math::splat(1.0f / 5040);
+  constexpr float kEven[] = {1.0f / 24, 1.0f / 2}, kOdd[] = {1.0f / 120, 1.0f / 6};
   DIMO_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 2; ++i) {
     even = Math::fma(even, square, Math::splat(kEven[i]));
     odd = Math::fma(odd, square, Math::splat(kOdd[i]));
   }
@@ -81,20 +82,25 @@ DIMO_HOST_DEVICE inline BothSigns<typename Math::F> expm1_minus_both(typename Ma
 // p x - p + q >= 0 with x = log(p/q): the integrand of KL(p|q).
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F kl_term(typename Math::F p, typename Math::F q, typename Math::F x) {
-  const auto near = p * expm1_minus_near<Math>(-Math::clamp(x, 1.0f));
-  return Math::select(Math::abs(x) < 1.0f, near, p * x - p + q);
+  const auto near = p * expm1_minus_near<Math>(-x);
+  return Math::select(Math::abs(x) < kNear, near, p * x - p + q);
 }
 
 // What all but Jeffreys make of a row's sums.
 struct OneValue {
   static constexpr bool kTwoValues = false;
+  static constexpr bool kPullFromMean = false;  // whether sum pull follows from sum q x; such have plain_terms too
   DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
 };
 
 template <class Math>
 struct ForwardKL : OneValue {
   using F = typename Math::F;
+  static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ForwardKL(double) {}
+  DIMO_HOST_DEVICE float pull_from_mean(float) const { return -1.0f; }
+  // Where p and q lie apart: sum (q - p) is 0.
+  DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const { return {e.p * e.x, Math::splat(0.0f), -e.p}; }
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     return {kl_term<Math>(e.p, e.q, e.x), Math::splat(0.0f), -e.p};
   }
@@ -104,7 +110,13 @@ struct ForwardKL : OneValue {
 template <class Math>
 struct ReverseKL : OneValue {
   using F = typename Math::F;
+  static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ReverseKL(double) {}
+  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return -mean_x; }
+  DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
+    const F pull = -e.q * e.x;
+    return {pull, Math::splat(0.0f), pull};
+  }
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     return {kl_term<Math>(e.q, e.p, -e.x), Math::splat(0.0f), -e.q * e.x};
   }
@@ -115,12 +127,17 @@ struct ReverseKL : OneValue {
 template <class Math>
 struct Jeffreys {
   using F = typename Math::F;
-  static constexpr bool kTwoValues = true;
+  static constexpr bool kTwoValues = true, kPullFromMean = true;
   float beta;
   DIMO_HOST_DEVICE explicit Jeffreys(double parameter) : beta(static_cast<float>(parameter)) {}
+  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return beta - 1.0f - beta * mean_x; }
+  DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
+    const F reverse = -e.q * e.x;
+    return {e.p * e.x, reverse, (beta - 1.0f) * e.p + beta * reverse};
+  }
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const auto both = expm1_minus_both<Math>(Math::clamp(e.x, 1.0f));
-    const auto near = Math::abs(e.x) < 1.0f;
+    const auto both = expm1_minus_both<Math>(e.x);
+    const auto near = Math::abs(e.x) < kNear;
     const F difference = e.p - e.q;
     return {Math::select(near, e.p * both.minus, e.p * e.x - difference),
             Math::select(near, e.q * both.plus, difference - e.q * e.x), (beta - 1.0f) * e.p - beta * (e.q * e.x)};
@@ -144,7 +161,7 @@ struct JensenShannon : OneValue {
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
     const auto negative = e.x < 0.0f;
     const F a = -Math::abs(e.x);
-    const F ratio_minus_1 = Math::select(a > -1.0f, expm1_near<Math>(Math::clamp(a, 1.0f)), Math::exp(a) - 1.0f);
+    const F ratio_minus_1 = Math::select(a > -kNear, expm1_near<Math>(a), Math::exp(a) - 1.0f);
     const F shift = Math::log1p(Math::select(negative, Math::splat(pi), Math::splat(rest)) * ratio_minus_1);
     const F p_over_m = Math::select(negative, e.x, Math::splat(0.0f)) - shift;
     const F q_over_m = Math::select(negative, Math::splat(0.0f), -e.x) - shift;
@@ -163,9 +180,9 @@ struct SquaredHellinger : OneValue {
   using F = typename Math::F;
   DIMO_HOST_DEVICE explicit SquaredHellinger(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F half = expm1_near<Math>(0.5f * Math::clamp(e.x, 1.0f));
+    const F half = expm1_near<Math>(0.5f * e.x);
     const F root_p = Math::sqrt(e.p), root_q = Math::sqrt(e.q), difference = root_p - root_q;
-    const auto near = Math::abs(e.x) < 1.0f;
+    const auto near = Math::abs(e.x) < kNear;
     return {Math::select(near, e.q * half * half, difference * difference), Math::splat(0.0f),
             Math::select(near, -e.q * half, e.q - root_p * root_q)};
   }
@@ -177,8 +194,8 @@ struct TotalVariation : OneValue {
   using F = typename Math::F;
   DIMO_HOST_DEVICE explicit TotalVariation(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F near = e.q * expm1_near<Math>(Math::clamp(e.x, 1.0f));
-    const F difference = Math::select(Math::abs(e.x) < 1.0f, near, e.p - e.q);
+    const F near = e.q * expm1_near<Math>(e.x);
+    const F difference = Math::select(Math::abs(e.x) < kNear, near, e.p - e.q);
     const F zero = Math::splat(0.0f), half_q = 0.5f * e.q;
     return {0.5f * Math::abs(difference), zero,
             Math::select(e.x > 0.0f, -half_q, Math::select(e.x < 0.0f, half_q, zero))};
@@ -191,9 +208,9 @@ struct PearsonChi2 : OneValue {
   using F = typename Math::F;
   DIMO_HOST_DEVICE explicit PearsonChi2(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f));
+    const F minus_1 = expm1_near<Math>(e.x);
     const F ratio = Math::exp(e.log_p + e.x);  // p^2 / q
-    const auto near = Math::abs(e.x) < 1.0f;
+    const auto near = Math::abs(e.x) < kNear;
     return {Math::select(near, e.q * minus_1 * minus_1, ratio - 2.0f * e.p + e.q), Math::splat(0.0f),
             Math::select(near, -e.q * minus_1 * (minus_1 + 2.0f), e.q - ratio)};
   }
@@ -205,10 +222,10 @@ struct NeymanChi2 : OneValue {
   using F = typename Math::F;
   DIMO_HOST_DEVICE explicit NeymanChi2(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F near_x = Math::clamp(e.x, 1.0f), inverse_minus_1 = expm1_near<Math>(-near_x);
+    const F inverse_minus_1 = expm1_near<Math>(-e.x);
     const F ratio = Math::exp(e.log_q - e.x);  // q^2 / p
-    const auto near = Math::abs(e.x) < 1.0f;
-    return {Math::select(near, -e.q * expm1_near<Math>(near_x) * inverse_minus_1, ratio - 2.0f * e.q + e.p),
+    const auto near = Math::abs(e.x) < kNear;
+    return {Math::select(near, -e.q * expm1_near<Math>(e.x) * inverse_minus_1, ratio - 2.0f * e.q + e.p),
             Math::splat(0.0f), 2.0f * Math::select(near, e.q * inverse_minus_1, ratio - e.q)};
   }
   DIMO_HOST_DEVICE Limits limits() const { return {kInfinity, 1.0f, kInfinity, 0.0f}; }
@@ -222,11 +239,11 @@ struct Alpha : OneValue {
       : alpha(static_cast<float>(parameter)),
         inverse(static_cast<float>(1.0 / parameter)),
         norm(static_cast<float>(1.0 / (parameter * (parameter - 1.0)))),
-        reach(80.0f < fabsf(alpha) ? 80.0f / fabsf(alpha) : 1.0f) {}  // exp(alpha x) stays finite
+        reach(80.0f < kNear * fabsf(alpha) ? 80.0f / fabsf(alpha) : kNear) {}  // exp(alpha x) stays finite
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F x = Math::clamp(e.x, reach), y = alpha * x, tiny = Math::clamp(y, 1.0f);
+    const F x = Math::clamp(e.x, reach), y = alpha * x, tiny = Math::clamp(y, kNear);
     const F exp_y = Math::exp(y), series = expm1_minus_near<Math>(tiny);
-    const auto small = Math::abs(y) < 1.0f, near = Math::abs(e.x) < reach;
+    const auto small = Math::abs(y) < kNear, near = Math::abs(e.x) < reach;
     const F minus_1 = Math::select(small, tiny + series, exp_y - 1.0f);
     const F rest = Math::select(small, series, exp_y - 1.0f - y);
     const F power = Math::exp(e.log_q + alpha * e.x);  // p^alpha q^(1 - alpha)
@@ -245,8 +262,8 @@ struct LeCam : OneValue {
   using F = typename Math::F;
   DIMO_HOST_DEVICE explicit LeCam(double) {}
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
-    const F minus_1 = expm1_near<Math>(Math::clamp(e.x, 1.0f)), sum = e.p + e.q;
-    const auto near = Math::abs(e.x) < 1.0f;
+    const F minus_1 = expm1_near<Math>(e.x), sum = e.p + e.q;
+    const auto near = Math::abs(e.x) < kNear;
     const F difference = Math::select(near, e.q * minus_1, e.p - e.q);
     // (p - q) / (p + q); where both have underflowed, its factors are 0.
     const F slope = Math::select(near, minus_1, difference) /

@@ -16,3 +16,10 @@
 #else
 #define DIMO_UNROLL _Pragma("GCC unroll 16")
 #endif
+
+// Before a loop that would only grow.
+#if defined(__CUDA_ARCH__)
+#define DIMO_LOOP _Pragma("unroll 1")
+#else
+#define DIMO_LOOP
+#endif

@@ -29,14 +29,47 @@ struct LogitRows {
 
 // Static, like everything that a file compiled for several instruction sets includes: no copy is merged into another.
 
-// Where a row begins, in elements.
-DIMO_HOST_DEVICE static inline int64_t row_offset(const RowShape& shape, const LogitRows& logits, int64_t row) {
-  int64_t offset = 0;
-  for (int d = shape.dims - 1; d > 0; --d) {
-    offset += row % shape.sizes[d] * logits.strides[d];
-    row /= shape.sizes[d];
+// Merges neighbouring dimensions that no tensor tells apart: most calls keep one.
+template <int kTensors>
+static inline void merge_dims(RowShape& shape, LogitRows* const (&tensors)[kTensors]) {
+  int kept = 0;
+  for (int d = 1; d < shape.dims; ++d) {
+    bool merges = true;
+    for (const LogitRows* t : tensors)
+      merges &= t->data == nullptr || shape.sizes[kept] == 1 || t->strides[kept] == shape.sizes[d] * t->strides[d];
+    if (!merges) ++kept;
+    shape.sizes[kept] = merges ? shape.sizes[kept] * shape.sizes[d] : shape.sizes[d];
+    for (LogitRows* t : tensors) t->strides[kept] = t->strides[d];
   }
-  return shape.dims > 0 ? offset + row * logits.strides[0] : 0;
+  if (shape.dims > 0) shape.dims = kept + 1;
+}
+
+// a / b; 64-bit division is slow on a GPU.
+DIMO_HOST_DEVICE static inline int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
+// Where a row begins in each tensor, in elements.
+template <int kTensors>
+DIMO_HOST_DEVICE static inline void row_offsets(const RowShape& shape, int64_t row,
+                                                const LogitRows* const (&tensors)[kTensors],
+                                                int64_t (&offsets)[kTensors]) {
+  for (int t = 0; t < kTensors; ++t) offsets[t] = 0;
+  DIMO_LOOP
+  for (int d = shape.dims - 1; d > 0; --d) {
+    const int64_t outer = quotient(row, shape.sizes[d]), inner = row - outer * shape.sizes[d];
+    for (int t = 0; t < kTensors; ++t) offsets[t] += inner * tensors[t]->strides[d];
+    row = outer;
+  }
+  if (shape.dims == 0) return;
+  for (int t = 0; t < kTensors; ++t) offsets[t] += row * tensors[t]->strides[0];
+}
+
+DIMO_HOST_DEVICE static inline int64_t row_offset(const RowShape& shape, const LogitRows& logits, int64_t row) {
+  int64_t offset[1];
+  row_offsets(shape, row, {&logits}, offset);
+  return offset[0];
 }
 
 // Whether rows and ids follow one another without gaps.

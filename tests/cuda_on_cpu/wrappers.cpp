@@ -44,19 +44,31 @@ int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t
                      const int64_t* gradient_strides, double guidance_scale, const float* guidance,
                      int64_t rows_per_sample, double teacher_temperature, double auxiliary_temperature,
                      double teacher_log_floor, const bool* mask, const float* factor, int64_t factor_stride,
-                     int64_t factor_in_gradient, float* value, int64_t* zeroed) {
+                     int64_t factor_in_gradient, float* value, int64_t* zeroed, int32_t* ticket) {
   dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
   std::copy(sizes, sizes + dims, shape.sizes);
   for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
-  return dimo::cuda::token_divergence(
-      {static_cast<dimo::DivergenceKind>(kind), parameter, shape,
-       logit_rows(teacher, teacher_dtype, teacher_strides, dims),
-       logit_rows(uncond, uncond_dtype, uncond_strides, dims),
-       logit_rows(auxiliary, auxiliary_dtype, auxiliary_strides, dims),
-       logit_rows(gradient, gradient_dtype, gradient_strides, dims), static_cast<float>(guidance_scale), guidance,
-       rows_per_sample, static_cast<float>(teacher_temperature), static_cast<float>(auxiliary_temperature),
-       static_cast<float>(teacher_log_floor), mask, factor, factor_stride, factor_in_gradient != 0, value, zeroed},
-      nullptr);
+  return dimo::cuda::token_divergence({static_cast<dimo::DivergenceKind>(kind),
+                                       parameter,
+                                       shape,
+                                       logit_rows(teacher, teacher_dtype, teacher_strides, dims),
+                                       logit_rows(uncond, uncond_dtype, uncond_strides, dims),
+                                       logit_rows(auxiliary, auxiliary_dtype, auxiliary_strides, dims),
+                                       logit_rows(gradient, gradient_dtype, gradient_strides, dims),
+                                       static_cast<float>(guidance_scale),
+                                       guidance,
+                                       rows_per_sample,
+                                       static_cast<float>(teacher_temperature),
+                                       static_cast<float>(auxiliary_temperature),
+                                       static_cast<float>(teacher_log_floor),
+                                       mask,
+                                       factor,
+                                       factor_stride,
+                                       factor_in_gradient != 0,
+                                       value,
+                                       zeroed,
+                                       ticket},
+                                      nullptr);
 }
 
 }  // extern "C"

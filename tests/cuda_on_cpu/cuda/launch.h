@@ -5,8 +5,7 @@
 
 namespace dimo::cuda {
 
-// Less than a GPU has, so that rows need not be long to be too long for it.
-inline size_t max_shared_bytes() { return 32 << 10; }
+inline bool has_clusters() { return false; }
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
@@ -15,6 +14,14 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   using Thread = decltype(thread);
   const auto body = [](const void* context) { (*static_cast<Thread*>(context))(); };
   return cuda_on_cpu::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, body, &thread);
+}
+
+// Fewer blocks than there is work, so that each does several pieces.
+template <class... Parameters, class... Arguments>
+int launch_resident(void (*kernel)(Parameters...), unsigned, int64_t most, unsigned block, size_t shared_bytes,
+                    void* stream, const Arguments&... arguments) {
+  return launch(kernel, dim3(static_cast<unsigned>(most < 3 ? most : 3)), dim3(block), shared_bytes, stream,
+                arguments...);
 }
 
 template <class T>
