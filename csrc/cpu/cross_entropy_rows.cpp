@@ -17,6 +17,7 @@ namespace dimo::cpu {
 namespace {
 
 constexpr float kLog2e = 1.44269504f;
+constexpr int kChains = 4;
 
 struct Buffers {
   alignas(64) float logits[kBuffer];  // then the gradient
@@ -94,6 +95,17 @@ class Tile {
     }
   }
 
+  // Calls visit(chain, i) for the floats at i of so many registers. Neighbours belong to different chains, whose sums
+  // or maxima need not wait for one another.
+  template <class Visit>
+  DIMO_INLINE static void each_register(int64_t registers, const Visit& visit) {
+    int64_t i = 0;
+    for (; i + kChains <= registers; i += kChains)
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) visit(chain, (i + chain) * kLanes);
+    for (; i < registers; ++i) visit(0, i * kLanes);
+  }
+
   DIMO_INLINE Vec weight(Vec z) const { return VecMath::exp2((z - base_) * kLog2e); }
 
   void gather_statistics() {
@@ -101,19 +113,20 @@ class Tile {
     base_ = sum_ = distance_ = Vec{};
     each_chunk(true, [&](int64_t begin, int64_t n) {
       raise_top(begin, n);
-      Vec sum = Vec{}, distance = Vec{};
-      const int64_t full = Layout::full(n) * kLanes, padded = Layout::padded(n) * kLanes;
-      for (int64_t i = 0; i < padded; i += kLanes) {
+      Vec sums[kChains] = {}, distances[kChains] = {};
+      const int64_t full = Layout::full(n) * kLanes;
+      each_register(Layout::padded(n), [&](int chain, int64_t i) {
         const Vec z = load(buffers_.logits + i), w = weight(z);
-        sum += w;
-        if constexpr (kSmooth)
-          if (i < full) distance += z - base_;
+        sums[chain] += w;
+        if constexpr (kSmooth) distances[chain] += i < full ? z - base_ : Vec{};
         if constexpr (kWhole) store(buffers_.weights + i, w);
+      });
+      if constexpr (kSmooth && Layout::kRows == 1)
+        for (int64_t i = full; i < n; ++i) distances[0][i - full] += buffers_.logits[i] - base_[0];
+      for (int chain = 0; chain < kChains; ++chain) {
+        sum_ += sums[chain];
+        distance_ += distances[chain];
       }
-      if constexpr (kSmooth)
-        for (int64_t i = full; i < padded && i < n; ++i) distance[i - full] += buffers_.logits[i] - base_[0];
-      sum_ += sum;
-      distance_ += distance;
     });
     sum_ = Layout::sum_over_row(sum_);
     if constexpr (kSmooth) distance_ = Layout::sum_over_row(distance_);
@@ -122,9 +135,12 @@ class Tile {
   // Raises the top to that of a chunk before which `seen` ids lie. Where every logit is -inf the base is 0, so that no
   // difference of infinities arises.
   void raise_top(int64_t seen, int64_t n) {
-    Vec top = top_;
-    for (int64_t i = 0; i < Layout::padded(n) * kLanes; i += kLanes) top = VecMath::max(load(buffers_.logits + i), top);
-    top = Layout::max_over_row(top);
+    Vec tops[kChains];
+    for (Vec& top : tops) top = top_;
+    each_register(Layout::padded(n),
+                  [&](int chain, int64_t i) { tops[chain] = VecMath::max(load(buffers_.logits + i), tops[chain]); });
+    for (int chain = 1; chain < kChains; ++chain) tops[0] = VecMath::max(tops[chain], tops[0]);
+    const Vec top = Layout::max_over_row(tops[0]);
     const Vec base = top == -INFINITY ? Vec{} : top;
     if (seen > 0) {
       sum_ = top_ == -INFINITY ? sum_ : sum_ * VecMath::exp2((top_ - base) * kLog2e);

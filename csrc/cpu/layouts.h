@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/rows.h"
 #include "cpu/simd.h"
@@ -115,6 +116,28 @@ struct Along {
   }
 };
 
+// a0 b0 a1 b1 ..., from the middle of both on if kHigh.
+template <bool kHigh, size_t... i>
+DIMO_INLINE Vec interleaved(Vec a, Vec b, std::index_sequence<i...>) {
+  constexpr int kBegin = kHigh ? kLanes / 2 : 0;
+  return __builtin_shufflevector(a, b, (kBegin + static_cast<int>(i) / 2 + (i % 2 ? kLanes : 0))...);
+}
+
+// Lane j of register i becomes lane i of register j.
+DIMO_INLINE void transpose(Vec (&rows)[kLanes]) {
+  constexpr std::make_index_sequence<kLanes> kAll;
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleaved<false>(rows[i], rows[i + kLanes / 2], kAll);
+      next[2 * i + 1] = interleaved<true>(rows[i], rows[i + kLanes / 2], kAll);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
 // kLanes rows across the lanes: a register holds one id of each row.
 struct Across {
   static constexpr int kRows = kLanes;
@@ -132,9 +155,18 @@ struct Across {
       for (int64_t i = 0; i < n; ++i) store(to + i * kLanes, load(data + offsets[0] + (begin + i) * stride));
       return;
     }
+    const int64_t blocks = stride == 1 ? n / kLanes * kLanes : 0;
+    for (int64_t i = 0; i < blocks; i += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) block[r] = load(data + offsets[r] + begin + i);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) store(to + (i + j) * kLanes, block[j]);
+    }
     for (int r = 0; r < kRows; ++r) {
       const T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = 0; i < n; ++i) to[i * kLanes + r] = load_one(row + i * stride);
+      for (int64_t i = blocks; i < n; ++i) to[i * kLanes + r] = load_one(row + i * stride);
     }
   }
   template <class T>
@@ -144,9 +176,18 @@ struct Across {
       for (int64_t i = 0; i < n; ++i) store(data + offsets[0] + (begin + i) * stride, load(from + i * kLanes));
       return;
     }
+    const int64_t blocks = stride == 1 && rows == kRows ? n / kLanes * kLanes : 0;
+    for (int64_t i = 0; i < blocks; i += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) block[j] = load(from + (i + j) * kLanes);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) store(data + offsets[r] + begin + i, block[r]);
+    }
     for (int r = 0; r < rows; ++r) {
       T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = 0; i < n; ++i) store_one(row + i * stride, from[i * kLanes + r]);
+      for (int64_t i = blocks; i < n; ++i) store_one(row + i * stride, from[i * kLanes + r]);
     }
   }
   static int64_t full(int64_t n) { return n; }
