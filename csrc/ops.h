@@ -105,7 +105,7 @@ struct CrossEntropyArgs {
   float* value;             // [rows]; where a total is wanted, its parts
   float* total;             // sum of the values, or null
   float* factor;            // written: scale over count
-  uint32_t* workspace;      // [kCrossEntropyWorkspace], CUDA alone
+  uint32_t* workspace;      // [kCrossEntropyWorkspace], where a total is wanted; CUDA alone
 };
 
 constexpr int64_t kCrossEntropyWorkspace = 257;

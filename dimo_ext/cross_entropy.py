@@ -40,7 +40,7 @@ def _masked_cross_entropy(
     value = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     total = None if reduction == "none" else value.new_empty(())
     factor = value.new_empty(())
-    workspace = value.new_empty(_WORKSPACE if logits.is_cuda else 0, dtype=torch.int32)
+    workspace = value.new_empty(0 if total is None else _WORKSPACE, dtype=torch.int32)
     targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
     kernel(
         logits.shape, [logit_rows(logits), logit_rows(gradient if need_gradient else None)], targets.data_ptr(),

@@ -18,18 +18,63 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes <= kSharedWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 // Returns the launch's cudaError_t. The arguments convert to the kernel's parameter types.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
            const Arguments&... arguments) {
-  if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
+}
+
+// Whether blocks of the current device can form clusters.
+inline bool has_clusters() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+// Launches as many clusters of blocks as fit the device at once, at most `most`: the kernel's loop shares the work out.
+template <class... Parameters, class... Arguments>
+int launch_resident(void (*kernel)(Parameters...), unsigned cluster, int64_t most, unsigned block, size_t shared_bytes,
+                    void* stream, const Arguments&... arguments) {
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = allow_shared_bytes(address, shared_bytes);
+  if (error != cudaSuccess) return error;
+  int device = 0, processors = 0, resident = 0;
+  if ((error = cudaGetDevice(&device)) != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  if (cluster > 8) {
+    error = cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  if (cluster > 1) {
+    error = cudaOccupancyMaxActiveClusters(&resident, address, &config);
+  } else {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, static_cast<int>(block), shared_bytes);
+    resident *= processors;
+  }
+  if (error != cudaSuccess) return error;
+  if (resident == 0) return cudaErrorLaunchOutOfResources;
+  config.gridDim.x = cluster * static_cast<unsigned>(most < resident ? most : resident);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 // The launch's dynamic shared memory, aligned for any vector.

@@ -24,6 +24,7 @@
 // and its kin, which are expf here; whatever stands under #if on __CUDA_ARCH__.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +40,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 #define CUDA_ON_CPU_VECTORS(T, name)                                            \
@@ -220,6 +222,8 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // --- arithmetic ---------------------------------------------------------------------------------------------------
 
+using std::max;
+using std::min;
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
