@@ -401,6 +401,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Build the candidates, take turns, print and write."""
     args = arguments()
+    torch._dynamo.config.recompile_limit = 64  # several networks of one class, with gradients and without
     preset, device = scaled(PRESETS[args.preset], args), args.device
     half = device.type == "cuda" and not args.float32
     precision = torch.autocast(device.type, torch.bfloat16, enabled=half)

@@ -310,7 +310,7 @@ void run_width(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
 
 template <class Divergence>
 void run_layout(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
-  const bool strided = args.teacher.vocab_stride != 1 && args.auxiliary.vocab_stride != 1;
+  const bool strided = args.teacher.vocab_stride != 1 || args.auxiliary.vocab_stride != 1;
   const bool across = strided || args.shape.vocab <= kShortVocab;
   return across ? run_width<Across, Divergence>(args, begin, end) : run_width<Along, Divergence>(args, begin, end);
 }
