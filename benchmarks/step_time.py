@@ -373,7 +373,7 @@ def draw(rows: list[dict[str, object]], title: str, path: Path) -> None:
         total = times[name, "whole step"]
         if x == 0.0:  # nothing inside a graph can be timed
             axes.barh([name], [total], color="grey")
-        axes.text(max(x, total), name, f" {total:.3g} ms", va="center")
+        axes.text(max(x, total), name, f" {total:.0f} ms" if total >= 100 else f" {total:.3g} ms", va="center")
     for floor in sorted({float(row["floor_ms"]) for row in rows if row["floor_ms"] is not None}):
         axes.axvline(floor, color="black", linestyle=":", linewidth=1)
     axes.invert_yaxis()

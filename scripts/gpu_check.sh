@@ -105,6 +105,11 @@ for benchmark in benchmarks/bench_*.py; do
   phase "$name" 120 "$python" "$benchmark" --device cuda --out "$out/$name.csv" || true  # a number missing is no defect
 done
 
+for preset in maskgit-imagenet256 mdlm-owt; do
+  phase "step_time $preset" 150 "$python" benchmarks/step_time.py "$preset" --device cuda --seconds 10 \
+    --out "$out/step_time_$preset.csv" || true
+done
+
 echo "$([[ $failed == 0 ]] && echo passed || echo FAILED) in $SECONDS s; details in $out/log.txt" |
   tee -a "$out/summary.txt"
 exit $failed
