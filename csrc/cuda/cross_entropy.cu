@@ -54,7 +54,7 @@ __device__ Number block_sum(Number x, Number* scratch) {
   return x;
 }
 
-__global__ __launch_bounds__(kCountThreads) void count_kernel(const __grid_constant__ CrossEntropyArgs args) {
+__global__ __launch_bounds__(kCountThreads, 2) void count_kernel(const __grid_constant__ CrossEntropyArgs args) {
   __shared__ unsigned scratch[kMostWarps];
   if (blockIdx.x == 0 && threadIdx.x == 0) args.workspace[0] = 0;
   unsigned count = 0;
@@ -209,7 +209,7 @@ __device__ void write_zeros(const LogitRows& to, int64_t row_begin, int begin, i
 
 // kLanes neighbours share a row and take its elements in turn: warps read memory without gaps.
 template <class T, int kLanes, int kHeld>
-__global__ __launch_bounds__(128) void lanes_kernel(const __grid_constant__ CrossEntropyArgs args, int counts) {
+__global__ __launch_bounds__(128, 6) void lanes_kernel(const __grid_constant__ CrossEntropyArgs args, int counts) {
   constexpr int kRows = 128 / kLanes;
   Team<kLanes> team(nullptr);
   const int rank = team.rank(), vocab = static_cast<int>(args.shape.vocab), size = static_cast<int>(args.valid_vocab);
