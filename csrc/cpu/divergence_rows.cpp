@@ -38,7 +38,9 @@ constexpr float kLog2e = 1.44269504f;
 
 // softmax and log softmax of one side: exp2((z - top) * rate) / sum and (z - top) * inverse_temperature - log_sum.
 struct Softmax {
-  Vec top = minus_infinity(), sum = Vec{}, inverse_sum = Vec{}, log_sum = Vec{};
+  Vec highest = minus_infinity();  // logit so far
+  Vec top = Vec{};                 // what is subtracted: 0 where every logit is -inf, so that no NaN arises
+  Vec sum = Vec{}, inverse_sum = Vec{}, log_sum = Vec{};
   float inverse_temperature, rate;
 
   explicit Softmax(float temperature) : inverse_temperature(1.0f / temperature), rate(kLog2e * inverse_temperature) {}
@@ -46,10 +48,10 @@ struct Softmax {
   DIMO_INLINE Vec weight(Vec z) const { return VecMath::exp2((z - top) * rate); }
   DIMO_INLINE Vec log_prob(Vec z) const { return (z - top) * inverse_temperature - log_sum; }
 
-  // Raises the top; where every logit is -inf it becomes 0, so that no difference of infinities arises.
   DIMO_INLINE void raise(Vec higher) {
     const Vec usable = higher == -kInfinity ? Vec{} : higher;
-    sum = top == -kInfinity ? sum : sum * VecMath::exp2((top - usable) * rate);
+    sum = highest == -kInfinity ? sum : sum * VecMath::exp2((top - usable) * rate);
+    highest = higher;
     top = usable;
   }
 
@@ -183,8 +185,8 @@ class Tile {
       top_p = VecMath::max(load(buffers_.p + full), top_p);
       top_q = VecMath::max(load(buffers_.q + full), top_q);
     }
-    teacher_softmax_.raise(Layout::max_over_row(VecMath::max(top_p, teacher_softmax_.top)));
-    auxiliary_softmax_.raise(Layout::max_over_row(VecMath::max(top_q, auxiliary_softmax_.top)));
+    teacher_softmax_.raise(Layout::max_over_row(VecMath::max(top_p, teacher_softmax_.highest)));
+    auxiliary_softmax_.raise(Layout::max_over_row(VecMath::max(top_q, auxiliary_softmax_.highest)));
   }
 
   // The terms of the register at i; only a filtered one may hold -inf.
