@@ -266,7 +266,7 @@ def measure(steps: dict[str, Step], device: torch.device, seconds: float) -> dic
     """Take turns for about ``seconds``: a step as it is for its time, every third one by phase."""
     samples = {name: Samples([], {}, {}) for name in steps}
     deadline, index = time.perf_counter() + seconds, 3
-    while index < 8 or time.perf_counter() < deadline:
+    while index < 6 or time.perf_counter() < deadline:
         for name, step in steps.items():
             if index % 3:
                 clock = PhaseClock(device)
@@ -391,7 +391,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
     for name in ("batch-size", "layers", "width"):
         parser.add_argument(f"--{name}", type=int, help="another one than the preset's, on a CPU a small one")
-    parser.add_argument("--seconds", type=float, default=30.0, help="time spent on measuring, at least 5 rounds")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time spent on measuring, at least 3 rounds")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast on a GPU")
     parser.add_argument("--out", type=Path, help="CSV file to write, with a chart beside it")
@@ -408,7 +408,7 @@ def main() -> None:
     makers = candidates(preset, device, precision, with_compile=args.compile)
     steps = {name: make() for name, make in makers.items()}
     for step in steps.values():
-        for index in range(3):
+        for index in range(2):
             step(index)
     samples = measure(steps, device, args.seconds)
     speed = flops_per_ms(device, precision)
