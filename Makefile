@@ -24,7 +24,7 @@ help:
 	@echo "make docs       docs/api.md from the docstrings"
 	@echo "make table      the README's table of the digits from three training seeds: runs/digits-0 ..."
 	@echo "make failures   docs/failures.md from short distillations that go wrong: runs/failures/"
-	@echo "make bench      time the operators: benchmarks/results/"
+	@echo "make bench      time the operators and a training step: benchmarks/results/"
 	@echo "make doctor     what was built, what serves which device"
 	@echo "variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) CONFIG=$(CONFIG) ARGS='--run.seed 1'"
 
@@ -99,6 +99,7 @@ failures: setup
 bench: setup
 	@for file in benchmarks/bench_*.py; do \
 	  $(BIN)/python $$file --out benchmarks/results/$$(basename $$file .py).csv || exit 1; done
+	$(BIN)/python benchmarks/step_time.py --out benchmarks/results/step_time_digits.csv
 
 clean:
 	rm -rf $(VENV) build dist

@@ -333,6 +333,61 @@ void define_scale_gradient(py::module_& m) {
 }
 #endif
 
+CrossEntropyArgs cross_entropy_args(const std::vector<int64_t>& sizes,
+                                    const std::array<std::optional<LogitsArgument>, 2>& logits, Address targets,
+                                    Address mask, int64_t valid_vocab, double label_smoothing,
+                                    const std::tuple<double, bool, bool>& factor, Address value, Address total,
+                                    Address out_factor, Address workspace) {
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {shape,
+          logit_rows(logits[0], dims),
+          logit_rows(logits[1], dims),
+          pointer<const int64_t>(targets),
+          pointer<const bool>(mask),
+          valid_vocab,
+          static_cast<float>(label_smoothing),
+          static_cast<float>(std::get<0>(factor)),
+          std::get<1>(factor),
+          std::get<2>(factor),
+          pointer<float>(value),
+          pointer<float>(total),
+          pointer<float>(out_factor),
+          pointer<uint32_t>(workspace)};
+}
+
+void define_masked_cross_entropy(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_masked_cross_entropy",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits, Address targets,
+         Address mask, int64_t valid_vocab, double label_smoothing, const std::tuple<double, bool, bool>& factor,
+         Address value, Address total, Address out_factor, Address workspace, int num_threads) {
+        cpu::masked_cross_entropy(cross_entropy_args(sizes, logits, targets, mask, valid_vocab, label_smoothing, factor,
+                                                     value, total, out_factor, workspace),
+                                  num_threads);
+      },
+      arg("sizes"), arg("logits"), arg("targets"), arg("mask"), arg("valid_vocab"), arg("label_smoothing"),
+      arg("factor"), arg("value"), arg("total"), arg("out_factor"), arg("workspace"), arg("num_threads"), no_gil,
+      "logits: themselves, gradient; factor: scale, whether it is divided by the count, whether the gradient includes "
+      "it.");
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_masked_cross_entropy",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits, Address targets,
+         Address mask, int64_t valid_vocab, double label_smoothing, const std::tuple<double, bool, bool>& factor,
+         Address value, Address total, Address out_factor, Address workspace, int device_index, Address stream) {
+        on_device(device_index, stream, "masked_cross_entropy", &cuda::masked_cross_entropy,
+                  cross_entropy_args(sizes, logits, targets, mask, valid_vocab, label_smoothing, factor, value, total,
+                                     out_factor, workspace));
+      },
+      arg("sizes"), arg("logits"), arg("targets"), arg("mask"), arg("valid_vocab"), arg("label_smoothing"),
+      arg("factor"), arg("value"), arg("total"), arg("out_factor"), arg("workspace"), arg("device_index"),
+      arg("stream"), no_gil);
+#endif
+}
+
 void define_init_tokens(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -371,6 +426,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 #if defined(DIMO_WITH_CUDA)
   dimo::define_scale_gradient(m);
 #endif
+  dimo::define_masked_cross_entropy(m);
   dimo::define_mask_tokens(m);
   dimo::define_init_tokens(m);
 }

@@ -98,12 +98,36 @@ struct ScaleGradientArgs {
   int64_t factor_stride;
 };
 
+// -(1 - e) log q_y - e/n sum_v log q_v of each token, q = softmax over the first n = valid_vocab logits, e the label
+// smoothing, y its target; and the gradient, 0 beyond n. Tokens that the mask leaves out, or whose target lies outside
+// [0, n), do not count: they are not read, value and gradient are 0. So are those of a row without a finite logit,
+// which counts.
+struct CrossEntropyArgs {
+  RowShape shape;
+  LogitRows logits;
+  LogitRows gradient;      // written; data null: only the values are wanted
+  const int64_t* targets;  // [rows]
+  const bool* mask;        // [rows] or null
+  int64_t valid_vocab;
+  float label_smoothing;
+  float scale;              // what multiplies value and gradient,
+  bool mean;                // divided by the number of tokens that count
+  bool factor_in_gradient;  // else the values alone are multiplied
+  float* value;             // [rows]; where a total is wanted, its parts
+  float* total;             // sum of the values, or null
+  float* factor;            // written: scale over count
+  uint32_t* workspace;      // [kCrossEntropyWorkspace], where a total is wanted; CUDA alone
+};
+
+constexpr int64_t kCrossEntropyWorkspace = 257;
+
 namespace cpu {
 
 void fold_in(const FoldInArgs& args);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 void token_divergence(const TokenDivergenceArgs& args, int num_threads);
+void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads);
 
 }  // namespace cpu
 
@@ -114,6 +138,7 @@ int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
 int token_divergence(const TokenDivergenceArgs& args, void* stream);
 int scale_gradient(const ScaleGradientArgs& args, void* stream);
+int masked_cross_entropy(const CrossEntropyArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -49,28 +51,30 @@ def token_factor(
     return factor / (torch.sym_max(shape.numel(), 1) if counted is None else counted.sum().clamp(min=1))
 
 
-def register_saved_gradient(name: str, lib: torch.library.Library) -> None:
+def register_saved_gradient(
+    name: str, lib: torch.library.Library, factor: Callable[[tuple, tuple], Tensor | None]
+) -> None:
     """Register the autograd formula of an operator whose backward was computed in its forward.
 
-    The first input receives the gradient. The last three are ``factor``, which multiplies each token's value and
-    gradient, ``reduce`` (the value is a sum) and ``need_gradient``. The first output is the value, the last one
+    The first input receives the gradient, the last one is ``need_gradient``. ``factor(inputs, output)`` is what
+    multiplies each token's value and gradient, None = 1. The first output is the value, the last one
     factor · ∂value/∂input ``[..., V]`` in the receiver's dtype. float16 stores it without the factor, which backward
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
-    torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=lib)
+
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.available, ctx.inputs = inputs[-1], len(inputs)
+        ctx.backend = current_backend()  # the backward may run on another thread
+        half = inputs[0].dtype == torch.float16
+        ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
+
+    torch.library.register_autograd(name, _backward, setup_context=setup_context, lib=lib)
 
 
 def factor_in_forward(receiver: Tensor, factor: Tensor | None) -> Tensor | None:
     """Return the factor that the stored gradient of ``receiver`` includes."""
     return None if receiver.dtype == torch.float16 else factor
-
-
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)
-    factor, _, ctx.available = inputs[-3:]
-    ctx.save_for_backward(output[-1], factor if inputs[0].dtype == torch.float16 else None)
-    ctx.inputs = len(inputs)
-    ctx.backend = current_backend()  # the backward may run on another thread
 
 
 def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import divergences as names
-from ._autograd import factor_in_forward
+from ._autograd import factor_in_forward, token_factor
 from .philox import WORD, Tag, philox, random_words, uniform
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
@@ -165,26 +165,30 @@ def perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Ten
 
 
 def masked_cross_entropy(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float, factor: Tensor | None, reduce: bool,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Cross-entropy of each token times factor, or their sum, and its gradient (see _autograd.py)."""
-    vocab = logits.shape[-1]
-    z = logits.to(_compute_dtype(logits))
-    counted = (targets >= 0) & (targets < vocab) & (z.amax(-1) != -math.inf)
+    logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float, valid_vocab: int | None,
+    reduction: str, need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Cross-entropy of each token, or their reduced value; what multiplied it; its gradient (see _autograd.py)."""
+    vocab = logits.shape[-1] if valid_vocab is None else valid_vocab
+    z = logits[..., :vocab].to(_compute_dtype(logits))
+    counted = (targets >= 0) & (targets < vocab)
     counted = counted if mask is None else counted & mask
+    factor = token_factor(logits, counted, None, reduction, z.dtype)
+    factor = torch.ones((), dtype=z.dtype, device=z.device) if factor is None else factor
+    counted = counted & (z.amax(-1) != -math.inf)
     log_probs = torch.log_softmax(z, -1)
     index = targets.clamp(0, vocab - 1)[..., None]
     value = -(1.0 - label_smoothing) * log_probs.gather(-1, index)[..., 0]
     if label_smoothing > 0.0:
         value = value - label_smoothing * log_probs.mean(-1)
-    value = _weighted(torch.where(counted, value, 0.0), factor, reduce)
+    value = _weighted(torch.where(counted, value, 0.0), factor, reduction != "none")
     if not need_gradient:
-        return value, logits.new_empty(0)
+        return value, factor, logits.new_empty(0)
     gradient = log_probs.exp() - label_smoothing / vocab
     gradient.scatter_add_(-1, index, torch.full_like(gradient[..., :1], label_smoothing - 1.0))
+    gradient = torch.nn.functional.pad(gradient, (0, logits.shape[-1] - vocab))
     stored, _ = _stored(logits, gradient, factor, counted)
-    return value, stored
+    return value, factor, stored
 
 
 # --- token-level f-divergence ---------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ import json, pathlib, sys
 import dimo_ext
 info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
-kernels = ("fold_in", "mask_tokens", "init_tokens", "token_divergence")
+kernels = ("fold_in", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy")
 served = {name: info["operators"][name]["cuda"] for name in kernels}
 sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
 PYTHON
@@ -89,6 +89,10 @@ with dimo_ext.use_backend("native"):
                 teacher, auxiliary, "jeffreys:-0.2", teacher_uncond_logits=teacher.flip(0), guidance_scale=2.0, mask=mask
             )
             loss.sum().backward()
+            targets = torch.randint(vocab, (3, 5), device="cuda")
+            dimo_ext.masked_cross_entropy(auxiliary, targets, mask, label_smoothing=0.1).backward()
+            strided = auxiliary.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            dimo_ext.masked_cross_entropy(strided, targets, mask, valid_vocab=max(vocab - 1, 1)).backward()
 torch.cuda.synchronize()
 PYTHON
   done
@@ -99,6 +103,11 @@ fi
 for benchmark in benchmarks/bench_*.py; do
   name=$(basename "$benchmark" .py)
   phase "$name" 120 "$python" "$benchmark" --device cuda --out "$out/$name.csv" || true  # a number missing is no defect
+done
+
+for preset in maskgit-imagenet256 mdlm-owt; do
+  phase "step_time $preset" 150 "$python" benchmarks/step_time.py "$preset" --device cuda --seconds 10 \
+    --out "$out/step_time_$preset.csv" || true
 done
 
 echo "$([[ $failed == 0 ]] && echo passed || echo FAILED) in $SECONDS s; details in $out/log.txt" |

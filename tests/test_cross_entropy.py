@@ -151,6 +151,28 @@ def test_filtered_ids(device, case, smoothing):
     assert_gradient(logits.grad, formula * counted[..., None])
 
 
+@given(
+    case=logits_cases(patterns=["normal", "extreme", "minus_inf", "padded"]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    share=st.floats(0.0, 1.0),
+    reduction=st.sampled_from(["none", "sum", "mean"]),
+)
+def test_a_padded_head(device, case, smoothing, share, reduction):
+    """Only the valid ids are read: the loss is theirs alone, and the padding's gradient 0, whatever stands there."""
+    logits, targets, mask = problem(case, device, outside=True)
+    valid = max(1, round(share * case.vocab))
+    logits.detach()[..., valid:] = nan
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    logits, alone = logits.detach().requires_grad_(), logits.detach()[..., :valid].clone().requires_grad_()
+    value = dx.masked_cross_entropy(logits, targets, mask, valid_vocab=valid, **options)
+    expected = dx.masked_cross_entropy(alone, targets, mask, **options)
+    assert_close(value, expected, case.dtype)
+    for loss in (value, expected):
+        loss.sum().backward()
+    assert_gradient(logits.grad[..., :valid], alone.grad)
+    assert logits.grad[..., valid:].eq(0).all()
+
+
 def test_gradient_is_computed_only_when_needed(device):
     """One pass serves both when a gradient is needed; otherwise none is computed."""
     operator = torch.ops.dimo_ext.masked_cross_entropy.default
@@ -215,6 +237,9 @@ LOGITS, TARGETS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
         ("label_smoothing", -0.1, "[0, 1]", "-0.1"),
         ("label_smoothing", nan, "finite number", "nan"),
         ("label_smoothing", "0.1", "finite number", "str '0.1'"),
+        ("valid_vocab", 0, "an integer in [1, 4]", "0"),
+        ("valid_vocab", 5, "an integer in [1, 4]", "5"),
+        ("valid_vocab", 2.0, "an integer", "float 2.0"),
         ("reduction", "avg", "one of none, sum, mean, batchmean", "'avg'"),
     ],
 )

@@ -25,6 +25,7 @@ from torch import Tensor
 import dimo_ext as dx
 from dimo_ext import _backend, divergence
 from dimo_ext.divergences import DIVERGENCES
+from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, cross
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
@@ -71,15 +72,24 @@ class Shim:
 
     def kernel(self, operator: str, *_) -> tuple[Callable[..., None], None]:
         """What dimo_ext calls for a native kernel, which also takes the number of CPU threads."""
-        call = partial(self, operator) if operator != "token_divergence" else self.token_divergence
+        call = getattr(self, operator, partial(self, operator))
         return (lambda *arguments: call(*arguments[:-1])), None
 
     def token_divergence(self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, *outputs) -> None:
         """The nested arguments of the compiled module, one after another."""
-        rows = [(0, 0, np.zeros(1)) if z is None else (*z[:2], np.array(z[2])) for z in logits]
-        flat = [argument for row in rows for argument in row]
         shape = (len(sizes) - 1, np.array(sizes))
-        self("token_divergence", kind, parameter, *shape, *flat, *guidance, *temperatures, mask, *factor, *outputs)
+        rows = _flat_rows(logits)
+        self("token_divergence", kind, parameter, *shape, *rows, *guidance, *temperatures, mask, *factor, *outputs)
+
+    def masked_cross_entropy(self, sizes, logits, targets, mask, valid_vocab, smoothing, factor, *outputs) -> None:
+        shape = (len(sizes) - 1, np.array(sizes))
+        rows = _flat_rows(logits)
+        self("masked_cross_entropy", *shape, *rows, targets, mask, valid_vocab, smoothing, *factor, *outputs)
+
+
+def _flat_rows(logits: list) -> list:
+    rows = [(0, 0, np.zeros(1)) if z is None else (*z[:2], np.array(z[2])) for z in logits]
+    return [argument for row in rows for argument in row]
 
 
 def _as_c(argument):
@@ -217,6 +227,81 @@ def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
     assert zeroed == 2
     floored = dx.token_divergence(teacher, auxiliary, "reverse_kl", teacher_log_floor=-20.0)
     assert floored[1].isfinite()
+
+
+# Lanes of a warp, a warp, one warp a block, several, rows too long for a block without clusters.
+CROSS_ENTROPY_VOCABULARIES = [1, 17, 20, 65, 257, 300, 1025, 1100, 4097, 25001]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "layout", "pattern", "smoothing", "reduction"),
+    cross(
+        CROSS_ENTROPY_VOCABULARIES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "one_finite"], [0.0, 0.1],
+        ["none", "sum", "mean", "batchmean"],
+    ),
+)  # fmt: skip
+def test_masked_cross_entropy(shim, vocab, dtype, layout, pattern, smoothing, reduction):
+    """Every geometry, dtype, layout and kind of logits against float64; some rows do not count."""
+    shim.order(vocab)
+    (logits,) = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 1)
+    logits[1, 2] = -torch.inf
+    targets = torch.randint(-1, vocab + 1, (3, 7), generator=torch.Generator().manual_seed(vocab))
+    mask = torch.arange(21).view(3, 7) % 3 > 0
+    for valid_vocab in {None, max(vocab - 3, 1)}:
+
+        def loss(z, valid_vocab=valid_vocab):
+            return dx.masked_cross_entropy(
+                z, targets, mask, label_smoothing=smoothing, reduction=reduction, valid_vocab=valid_vocab
+            )
+
+        actual = with_gradient(loss, logits)
+        with dx.use_backend("reference"):
+            expected = with_gradient(loss, logits.double())
+        assert_close(actual[0], expected[0])
+        assert_gradient(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("vocab", CROSS_ENTROPY_VOCABULARIES)
+def test_cross_entropy_reads_no_row_that_does_not_count(shim, vocab, layout):
+    """Whatever stands there; and the same bits in every order of threads."""
+    (logits,) = LogitsCase((5,), vocab, layout=layout).build(DEVICE, 1)
+    mask, targets = torch.tensor([True, False, True, True, True]), torch.tensor([0, 0, vocab - 1, 0, vocab])
+
+    def run(z):
+        return with_gradient(lambda z: dx.masked_cross_entropy(z, targets, mask), z)
+
+    shim.order(0)
+    clean, counted = run(logits), mask & (targets < vocab)
+    for order, poison in enumerate([torch.nan, torch.inf, -torch.inf]):
+        shim.order(1 + order)
+        logits[~counted] = poison  # in place: the order of additions depends on where a row begins
+        assert all(map(torch.equal, clean, run(logits)))
+    assert clean[1][~counted].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3000, 5000, 70000])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_cross_entropy_counts_and_adds_up_many_tokens(shim, rows, reduction):
+    """One block and several that count; several that add up."""
+    logits, targets = torch.randn(rows, 3, generator=torch.Generator().manual_seed(1)), torch.arange(rows) % 5
+    value, gradient = with_gradient(lambda z: dx.masked_cross_entropy(z, targets, reduction=reduction), logits)
+    counted = targets < 3
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets.masked_fill(~counted, -100), reduction="sum")
+    assert_close(value, expected / (counted.sum() if reduction == "mean" else 1))
+    assert gradient[~counted].eq(0).all()
+
+
+@pytest.mark.parametrize("vocab", CROSS_ENTROPY_VOCABULARIES)
+def test_cross_entropy_of_a_diverged_row(shim, vocab):
+    """NaN is its value, 0 its gradient, as in the reference."""
+    (logits,) = LogitsCase((4,), vocab).build(DEVICE, 1)
+    logits[1, 0], logits[2, -1] = torch.nan, torch.inf
+    targets = torch.zeros(4, dtype=torch.int64)
+    value, gradient = with_gradient(lambda z: dx.masked_cross_entropy(z, targets, reduction="none"), logits)
+    assert value.isnan().tolist() == [False, True, True, False]
+    assert gradient[1:3].eq(0).all()
+    assert gradient.isfinite().all()
 
 
 # --- what the shim promises to do -----------------------------------------------------------------------------------

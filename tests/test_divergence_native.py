@@ -91,6 +91,18 @@ def test_long_rows(isa, vocab):
     assert_matches_float64(teacher, auxiliary, dx.Jeffreys(0.3), uncond)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "vocab_first"])
+def test_a_maximum_that_comes_late(isa, layout):
+    """Chunks of -inf alone come first, and what follows lies far below 0."""
+    teacher, auxiliary = LogitsCase((2, 3), 9000, layout=layout).build(torch.device("cpu"), 2)
+    for logits in (teacher, auxiliary):
+        logits -= 300.0
+    teacher[..., :5000] = -inf
+    assert_matches_float64(teacher, auxiliary, dx.ForwardKL())
+    auxiliary[..., :5000] = -inf
+    assert_matches_float64(teacher, auxiliary, dx.JensenShannon(0.3))
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_every_half_number_is_stored_as_torch_rounds_it(isa, dtype):
     """Conversion is exact: the gradient q - p of a certain teacher walks through the type's numbers."""

@@ -2,22 +2,19 @@
 // (DIMO_ISA); cpu/divergence.cpp chooses. From memory it reads every logit once (rows that fit the first-level cache)
 // and writes every gradient once.
 //
-// Logits are converted to float, mixed (guidance) and put into buffers. A long row lies along the lanes of a register.
-// Short rows, and rows whose vocabulary is strided, lie across them: one row a lane, so that no lane idles and nothing
-// is summed over lanes. The sweeps over the buffers are the same for both.
+// Logits are converted to float, mixed (guidance) and put into buffers; the sweeps over them are the same for rows
+// along and across the lanes (cpu/layouts.h).
 #include <type_traits>
 
 #include "common/divergences.h"
 #include "common/rows.h"
 #include "cpu/isa.h"
+#include "cpu/layouts.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
 namespace dimo::cpu {
 namespace {
-
-constexpr int kBuffer = 4096;                // floats; five buffers stay in the second-level cache
-constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the lanes
 
 struct Buffers {
   alignas(64) float p[kBuffer];         // the teacher's logits, mixed
@@ -27,61 +24,6 @@ struct Buffers {
   alignas(64) float other[kBuffer];  // unconditional logits, then the gradient
 };
 
-DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-kInfinity); }
-
-// --- between memory and buffers -------------------------------------------------------------------------------------
-
-template <class T>
-void read_run(const T* from, int64_t stride, int64_t n, float* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = load_one(from + i * stride);
-}
-
-template <class T>
-void write_run(const float* from, int64_t stride, int64_t n, T* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  for (; i < n; ++i) store_one(to + i * stride, from[i]);
-}
-
-template <class T>
-void zero_run(int64_t stride, int64_t n, T* to) {
-  if (stride == 1)
-    std::memset(to, 0, static_cast<size_t>(n) * sizeof(T));
-  else
-    for (int64_t i = 0; i < n; ++i) store_one(to + i * stride, 0.0f);
-}
-
-// Calls body with a typed null pointer that stands for the storage type.
-template <class Body>
-DIMO_INLINE void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float32:
-      return body(static_cast<float*>(nullptr));
-    case DType::float16:
-      return body(static_cast<Half*>(nullptr));
-    case DType::bfloat16:
-      return body(static_cast<Bfloat16*>(nullptr));
-  }
-}
-
-// The largest magnitude that does not round to infinity lies below this.
-float overflow_bound(DType dtype) {
-  if (dtype == DType::float16) return 65520.0f;
-  return dtype == DType::bfloat16 ? 0x1.ffp127f : kInfinity;
-}
-
-void zero_row(const TokenDivergenceArgs& args, int64_t row) {
-  const int64_t offset = row_offset(args.shape, args.gradient, row);
-  with_type(args.gradient.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    zero_run(args.gradient.vocab_stride, args.shape.vocab, static_cast<T*>(args.gradient.data) + offset);
-  });
-}
-
 float scale_of(const TokenDivergenceArgs& args, int64_t row) {
   return args.guidance != nullptr ? args.guidance[row / args.rows_per_sample] : args.guidance_scale;
 }
@@ -90,88 +32,15 @@ float factor_of(const TokenDivergenceArgs& args, int64_t row) {
   return args.factor != nullptr ? args.factor[row * args.factor_stride] : 1.0f;
 }
 
-// One row along the lanes: a register holds kLanes consecutive ids.
-struct Along {
-  static constexpr int kRows = 1;
-  static constexpr int64_t kCapacity = kBuffer;  // ids
-
-  template <class T>
-  static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
-                   float* to) {
-    read_run(data + offsets[0] + begin * stride, stride, n, to);
-  }
-  template <class T>
-  static void write(const float* from, int64_t stride, const int64_t (&offsets)[kRows], int, int64_t begin, int64_t n,
-                    T* data) {
-    write_run(from, stride, n, data + offsets[0] + begin * stride);
-  }
-  // Registers that hold n ids: those that are full, and all of them; the last one is padded.
-  static int64_t full(int64_t n) { return n / kLanes; }
-  static int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes; }
-
-  static Vec max_over_row(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return VecMath::splat(lanes[0]);
-  }
-  static Vec sum_over_row(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return VecMath::splat(lanes[0]);
-  }
-};
-
-// kLanes rows across the lanes: a register holds one id of each row.
-struct Across {
-  static constexpr int kRows = kLanes;
-  static constexpr int64_t kCapacity = kBuffer / kLanes;
-
-  static bool consecutive(const int64_t (&offsets)[kRows]) {
-    for (int r = 1; r < kRows; ++r)
-      if (offsets[r] != offsets[0] + r) return false;
-    return true;
-  }
-  template <class T>
-  static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
-                   float* to) {
-    if (consecutive(offsets)) {
-      for (int64_t i = 0; i < n; ++i) store(to + i * kLanes, load(data + offsets[0] + (begin + i) * stride));
-      return;
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = 0; i < n; ++i) to[i * kLanes + r] = load_one(row + i * stride);
-    }
-  }
-  template <class T>
-  static void write(const float* from, int64_t stride, const int64_t (&offsets)[kRows], int rows, int64_t begin,
-                    int64_t n, T* data) {
-    if (rows == kRows && consecutive(offsets)) {
-      for (int64_t i = 0; i < n; ++i) store(data + offsets[0] + (begin + i) * stride, load(from + i * kLanes));
-      return;
-    }
-    for (int r = 0; r < rows; ++r) {
-      T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = 0; i < n; ++i) store_one(row + i * stride, from[i * kLanes + r]);
-    }
-  }
-  static int64_t full(int64_t n) { return n; }
-  static int64_t padded(int64_t n) { return n; }
-  static Vec max_over_row(Vec x) { return x; }
-  static Vec sum_over_row(Vec x) { return x; }
-};
-
 // --- the sweeps -----------------------------------------------------------------------------------------------------
 
 constexpr float kLog2e = 1.44269504f;
 
 // softmax and log softmax of one side: exp2((z - top) * rate) / sum and (z - top) * inverse_temperature - log_sum.
 struct Softmax {
-  Vec top = minus_infinity(), sum = Vec{}, inverse_sum = Vec{}, log_sum = Vec{};
+  Vec highest = minus_infinity();  // logit so far
+  Vec top = Vec{};                 // what is subtracted: 0 where every logit is -inf, so that no NaN arises
+  Vec sum = Vec{}, inverse_sum = Vec{}, log_sum = Vec{};
   float inverse_temperature, rate;
 
   explicit Softmax(float temperature) : inverse_temperature(1.0f / temperature), rate(kLog2e * inverse_temperature) {}
@@ -179,10 +48,10 @@ struct Softmax {
   DIMO_INLINE Vec weight(Vec z) const { return VecMath::exp2((z - top) * rate); }
   DIMO_INLINE Vec log_prob(Vec z) const { return (z - top) * inverse_temperature - log_sum; }
 
-  // Raises the top; where every logit is -inf it becomes 0, so that no difference of infinities arises.
   DIMO_INLINE void raise(Vec higher) {
     const Vec usable = higher == -kInfinity ? Vec{} : higher;
-    sum = top == -kInfinity ? sum : sum * VecMath::exp2((top - usable) * rate);
+    sum = highest == -kInfinity ? sum : sum * VecMath::exp2((top - usable) * rate);
+    highest = higher;
     top = usable;
   }
 
@@ -316,8 +185,8 @@ class Tile {
       top_p = VecMath::max(load(buffers_.p + full), top_p);
       top_q = VecMath::max(load(buffers_.q + full), top_q);
     }
-    teacher_softmax_.raise(Layout::max_over_row(VecMath::max(top_p, teacher_softmax_.top)));
-    auxiliary_softmax_.raise(Layout::max_over_row(VecMath::max(top_q, auxiliary_softmax_.top)));
+    teacher_softmax_.raise(Layout::max_over_row(VecMath::max(top_p, teacher_softmax_.highest)));
+    auxiliary_softmax_.raise(Layout::max_over_row(VecMath::max(top_q, auxiliary_softmax_.highest)));
   }
 
   // The terms of the register at i; only a filtered one may hold -inf.
@@ -394,15 +263,9 @@ class Tile {
       args_.value[rows[r]] = divergence * factor_[r];
       if (args_.gradient.data == nullptr) continue;
       const bool lost = (Layout::kRows == 1 ? any(~usable) : usable[r] == 0) || divergence != divergence;
-      if (dead || lost) zero_row(args_, rows[r]);
+      if (dead || lost) zero_row(args_.shape, args_.gradient, rows[r]);
       if (lost && !dead) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
     }
-  }
-
-  static bool any(Int mask) {
-    int32_t found = 0;
-    for (int i = 0; i < kLanes; ++i) found |= mask[i];
-    return found != 0;
   }
 
   const TokenDivergenceArgs& args_;
@@ -428,7 +291,7 @@ void run_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     if ((args.mask != nullptr && !args.mask[row]) || factor_of(args, row) == 0.0f) {
       args.value[row] = 0.0f;
-      if (args.gradient.data != nullptr) zero_row(args, row);
+      if (args.gradient.data != nullptr) zero_row(args.shape, args.gradient, row);
       continue;
     }
     counted[count++] = row;
@@ -449,7 +312,7 @@ void run_width(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
 
 template <class Divergence>
 void run_layout(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
-  const bool strided = args.teacher.vocab_stride != 1 && args.auxiliary.vocab_stride != 1;
+  const bool strided = args.teacher.vocab_stride != 1 || args.auxiliary.vocab_stride != 1;
   const bool across = strided || args.shape.vocab <= kShortVocab;
   return across ? run_width<Across, Divergence>(args, begin, end) : run_width<Along, Divergence>(args, begin, end);
 }

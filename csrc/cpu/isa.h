@@ -19,6 +19,7 @@ enum class Isa { baseline, avx2, avx512 };
 #define DIMO_DECLARE(isa)                                                                  \
   namespace isa {                                                                          \
   void token_divergence_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end); \
+  void cross_entropy_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end);       \
   }
 DIMO_EACH_ISA(DIMO_DECLARE)
 #undef DIMO_DECLARE

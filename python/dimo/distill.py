@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def student_loss(
         estimate = auxiliary.logits(masked.tokens, condition, mask_ratio=ratio)
     with phase("loss"):
         fit = dimo_ext.masked_cross_entropy(estimate, tokens, masked.mask, label_smoothing=method.label_smoothing)
-        entropy = _mean_token_entropy(draw.logits, method.student_temperature)
+        entropy = _mean_token_entropy(draw, method.student_temperature)
         loss = dimo_ext.distribution_matching_loss(
             draw.logits, target.cond, estimate, method.divergence, mask=masked.mask,
             teacher_uncond_logits=target.uncond, guidance_scale=method.guidance_scale,
@@ -91,9 +92,12 @@ def auxiliary_loss(
 
 
 @torch.no_grad()
-def _mean_token_entropy(logits_BLV: Tensor, temperature: float) -> Tensor:
-    log_probs = torch.log_softmax(logits_BLV.float() / temperature, -1)
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
+def _mean_token_entropy(draw: StudentDraw, temperature: float) -> Tensor:
+    """Return log V - KL(softmax(logits / τ) ‖ uniform), one pass over the logits; NaN where no token was drawn."""
+    vocab = draw.logits.shape[-1]
+    uniform = draw.logits.new_zeros(vocab).expand_as(draw.logits)
+    distance = dimo_ext.token_divergence(draw.logits, uniform, "forward_kl", teacher_temperature=temperature)
+    return (math.log(vocab) - distance).masked_fill(draw.tokens < 0, math.nan).mean()
 
 
 def _valid_ids(tokens_BL: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ def phase(name: str) -> Iterator[None]:
     """Label a block of a training step; blocks do not nest."""
     clock = _clock.get()
     with record_function(f"dimo: {name}"):
-        start = clock.now() if clock else 0.0
+        start = clock.enter() if clock else 0.0
         yield
         if clock:
-            clock.seconds[name] = clock.seconds.get(name, 0.0) + clock.now() - start
+            clock.leave(name, start)
 
 
 class PhaseClock:
@@ -51,6 +51,14 @@ class PhaseClock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def enter(self) -> float:
+        """Begin a phase: return the time."""
+        return self.now()
+
+    def leave(self, name: str, start: float) -> None:
+        """End the phase that began at ``start``."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
 
     def milliseconds(self) -> dict[str, float]:
         """Return the mean milliseconds a step by phase, and under "other" what no phase covers."""

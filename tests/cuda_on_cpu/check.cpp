@@ -117,6 +117,43 @@ void check_token_divergence(int64_t vocab) {
   report("token_divergence", vocab, status, equal && zeroed == 0);
 }
 
+// The same rows; two ids of padding.
+void check_masked_cross_entropy(int64_t vocab) {
+  const bool mask[kBatch] = {true, false, true};
+  const Ints targets = {0, 0, vocab / 2};
+  const int64_t stride = vocab + 3;
+  std::vector<float> logits(static_cast<size_t>(kBatch * stride + 1));
+  for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::sin(3.0f * static_cast<float>(i));
+  std::vector<float> gradients[2] = {logits, logits}, values[2] = {kRatios, kRatios};
+  std::vector<uint32_t> workspace(kCrossEntropyWorkspace);
+  float totals[2], factor;
+  int status = 0;
+  for (const bool on_gpu : {false, true}) {
+    const CrossEntropyArgs args = {{kBatch, vocab + 2, 1, {kBatch}},
+                                   rows_of(logits, 1, stride),
+                                   rows_of(gradients[on_gpu], 1, stride),
+                                   targets.data(),
+                                   mask,
+                                   vocab,
+                                   0.1f,
+                                   1.0f,
+                                   true,
+                                   true,
+                                   values[on_gpu].data(),
+                                   &totals[on_gpu],
+                                   &factor,
+                                   workspace.data()};
+    if (on_gpu)
+      status = cuda::masked_cross_entropy(args, nullptr);
+    else
+      cpu::masked_cross_entropy(args, kThreads);
+  }
+  const auto near = [](float a, float b) { return std::abs(a - b) <= 1e-5f; };
+  const bool equal = near(totals[0], totals[1]) && factor == 0.5f &&
+                     std::equal(gradients[0].begin(), gradients[0].end(), gradients[1].begin(), near);
+  report("masked_cross_entropy", vocab, status, equal);
+}
+
 int run_fault(const char* name) {
   const std::vector<float> in(64, 1.0f);
   std::vector<float> out(64);
@@ -133,6 +170,7 @@ int run_kernels() {
     check_init_tokens(length);
   }
   for (const int64_t vocab : {1, 17, 65, 1025, 2049, 4097}) check_token_divergence(vocab);
+  for (const int64_t vocab : {1, 17, 65, 300, 1025, 4097, 13001}) check_masked_cross_entropy(vocab);
   return failures != 0;
 }
 

@@ -24,6 +24,7 @@
 // and its kin, which are expf here; whatever stands under #if on __CUDA_ARCH__.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -221,13 +222,12 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // --- arithmetic ---------------------------------------------------------------------------------------------------
 
+using std::max;
+using std::min;
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-
-inline int min(int x, int y) { return x < y ? x : y; }
-inline int64_t min(int64_t x, int64_t y) { return x < y ? x : y; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

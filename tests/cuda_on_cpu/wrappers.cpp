@@ -14,6 +14,13 @@ dimo::LogitRows logit_rows(void* data, int64_t dtype, const int64_t* strides, in
   return rows;
 }
 
+dimo::RowShape row_shape(int64_t dims, const int64_t* sizes) {
+  dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
+  std::copy(sizes, sizes + dims, shape.sizes);
+  for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
+  return shape;
+}
+
 }  // namespace
 
 extern "C" {
@@ -37,6 +44,18 @@ int init_tokens(int64_t* out_tokens, int64_t batch, int64_t length, double ratio
                                  nullptr);
 }
 
+int masked_cross_entropy(int64_t dims, const int64_t* sizes, void* logits, int64_t dtype, const int64_t* strides,
+                         void* gradient, int64_t gradient_dtype, const int64_t* gradient_strides,
+                         const int64_t* targets, const bool* mask, int64_t valid_vocab, double label_smoothing,
+                         double scale, int64_t mean, int64_t factor_in_gradient, float* value, float* total,
+                         float* factor, uint32_t* workspace) {
+  return dimo::cuda::masked_cross_entropy({row_shape(dims, sizes), logit_rows(logits, dtype, strides, dims),
+                                           logit_rows(gradient, gradient_dtype, gradient_strides, dims), targets, mask,
+                                           valid_vocab, static_cast<float>(label_smoothing), static_cast<float>(scale),
+                                           mean != 0, factor_in_gradient != 0, value, total, factor, workspace},
+                                          nullptr);
+}
+
 int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t* sizes, void* teacher,
                      int64_t teacher_dtype, const int64_t* teacher_strides, void* uncond, int64_t uncond_dtype,
                      const int64_t* uncond_strides, void* auxiliary, int64_t auxiliary_dtype,
@@ -45,12 +64,9 @@ int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t
                      int64_t rows_per_sample, double teacher_temperature, double auxiliary_temperature,
                      double teacher_log_floor, const bool* mask, const float* factor, int64_t factor_stride,
                      int64_t factor_in_gradient, float* value, int64_t* zeroed, int32_t* ticket) {
-  dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
-  std::copy(sizes, sizes + dims, shape.sizes);
-  for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
   return dimo::cuda::token_divergence({static_cast<dimo::DivergenceKind>(kind),
                                        parameter,
-                                       shape,
+                                       row_shape(dims, sizes),
                                        logit_rows(teacher, teacher_dtype, teacher_strides, dims),
                                        logit_rows(uncond, uncond_dtype, uncond_strides, dims),
                                        logit_rows(auxiliary, auxiliary_dtype, auxiliary_strides, dims),

@@ -1,0 +1,200 @@
+// How rows lie in the registers, and their way between memory and buffers of floats.
+//
+// A long row lies along the lanes of a register. Short rows, and rows whose vocabulary is strided, lie across them: one
+// row a lane, so that no lane idles and nothing is summed over lanes.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "common/rows.h"
+#include "cpu/simd.h"
+
+namespace dimo::cpu {
+namespace {
+
+constexpr int kBuffer = 4096;                // floats; five buffers stay in the second-level cache
+constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the lanes
+
+DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
+
+DIMO_INLINE bool any(Int mask) {
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+}
+
+// --- between memory and buffers -------------------------------------------------------------------------------------
+
+template <class T>
+void read_run(const T* from, int64_t stride, int64_t n, float* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = load_one(from + i * stride);
+}
+
+template <class T>
+void write_run(const float* from, int64_t stride, int64_t n, T* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) store_one(to + i * stride, from[i]);
+}
+
+template <class T>
+void zero_run(int64_t stride, int64_t n, T* to) {
+  if (stride == 1)
+    std::memset(to, 0, static_cast<size_t>(n) * sizeof(T));
+  else
+    for (int64_t i = 0; i < n; ++i) store_one(to + i * stride, 0.0f);
+}
+
+// Calls body with a typed null pointer that stands for the storage type.
+template <class Body>
+DIMO_INLINE void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float32:
+      return body(static_cast<float*>(nullptr));
+    case DType::float16:
+      return body(static_cast<Half*>(nullptr));
+    case DType::bfloat16:
+      return body(static_cast<Bfloat16*>(nullptr));
+  }
+}
+
+// The largest magnitude that does not round to infinity lies below this.
+[[maybe_unused]] float overflow_bound(DType dtype) {
+  if (dtype == DType::float16) return 65520.0f;
+  return dtype == DType::bfloat16 ? 0x1.ffp127f : INFINITY;
+}
+
+[[maybe_unused]] void zero_row(const RowShape& shape, const LogitRows& rows, int64_t row) {
+  const int64_t offset = row_offset(shape, rows, row);
+  with_type(rows.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    zero_run(rows.vocab_stride, shape.vocab, static_cast<T*>(rows.data) + offset);
+  });
+}
+
+// --- layouts --------------------------------------------------------------------------------------------------------
+
+// One row along the lanes: a register holds kLanes consecutive ids.
+struct Along {
+  static constexpr int kRows = 1;
+  static constexpr int64_t kCapacity = kBuffer;  // ids
+
+  template <class T>
+  static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
+                   float* to) {
+    read_run(data + offsets[0] + begin * stride, stride, n, to);
+  }
+  template <class T>
+  static void write(const float* from, int64_t stride, const int64_t (&offsets)[kRows], int, int64_t begin, int64_t n,
+                    T* data) {
+    write_run(from, stride, n, data + offsets[0] + begin * stride);
+  }
+  // Registers that hold n ids: those that are full, and all of them; the last one is padded.
+  static int64_t full(int64_t n) { return n / kLanes; }
+  static int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+  static Vec max_over_row(Vec x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return VecMath::splat(lanes[0]);
+  }
+  static Vec sum_over_row(Vec x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return VecMath::splat(lanes[0]);
+  }
+};
+
+// a0 b0 a1 b1 ..., from the middle of both on if kHigh.
+template <bool kHigh, size_t... i>
+DIMO_INLINE Vec interleaved(Vec a, Vec b, std::index_sequence<i...>) {
+  constexpr int kBegin = kHigh ? kLanes / 2 : 0;
+  return __builtin_shufflevector(a, b, (kBegin + static_cast<int>(i) / 2 + (i % 2 ? kLanes : 0))...);
+}
+
+// Lane j of register i becomes lane i of register j.
+DIMO_INLINE void transpose(Vec (&rows)[kLanes]) {
+  constexpr std::make_index_sequence<kLanes> kAll;
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleaved<false>(rows[i], rows[i + kLanes / 2], kAll);
+      next[2 * i + 1] = interleaved<true>(rows[i], rows[i + kLanes / 2], kAll);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// kLanes rows across the lanes: a register holds one id of each row.
+struct Across {
+  static constexpr int kRows = kLanes;
+  static constexpr int64_t kCapacity = kBuffer / kLanes;
+
+  static bool consecutive(const int64_t (&offsets)[kRows]) {
+    for (int r = 1; r < kRows; ++r)
+      if (offsets[r] != offsets[0] + r) return false;
+    return true;
+  }
+  template <class T>
+  static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
+                   float* to) {
+    if (consecutive(offsets)) {
+      for (int64_t i = 0; i < n; ++i) store(to + i * kLanes, load(data + offsets[0] + (begin + i) * stride));
+      return;
+    }
+    const int64_t blocks = stride == 1 ? n / kLanes * kLanes : 0;
+    for (int64_t i = 0; i < blocks; i += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) block[r] = load(data + offsets[r] + begin + i);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) store(to + (i + j) * kLanes, block[j]);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const T* row = data + offsets[r] + begin * stride;
+      for (int64_t i = blocks; i < n; ++i) to[i * kLanes + r] = load_one(row + i * stride);
+    }
+  }
+  template <class T>
+  static void write(const float* from, int64_t stride, const int64_t (&offsets)[kRows], int rows, int64_t begin,
+                    int64_t n, T* data) {
+    if (rows == kRows && consecutive(offsets)) {
+      for (int64_t i = 0; i < n; ++i) store(data + offsets[0] + (begin + i) * stride, load(from + i * kLanes));
+      return;
+    }
+    const int64_t blocks = stride == 1 && rows == kRows ? n / kLanes * kLanes : 0;
+    for (int64_t i = 0; i < blocks; i += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) block[j] = load(from + (i + j) * kLanes);
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) store(data + offsets[r] + begin + i, block[r]);
+    }
+    for (int r = 0; r < rows; ++r) {
+      T* row = data + offsets[r] + begin * stride;
+      for (int64_t i = blocks; i < n; ++i) store_one(row + i * stride, from[i * kLanes + r]);
+    }
+  }
+  static int64_t full(int64_t n) { return n; }
+  static int64_t padded(int64_t n) { return n; }
+  static Vec max_over_row(Vec x) { return x; }
+  static Vec sum_over_row(Vec x) { return x; }
+};
+
+}  // namespace
+}  // namespace dimo::cpu
