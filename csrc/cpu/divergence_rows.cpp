@@ -10,6 +10,7 @@
 #include "common/divergences.h"
 #include "common/rows.h"
 #include "cpu/isa.h"
+#include "cpu/logits.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -30,43 +31,6 @@ struct Buffers {
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-kInfinity); }
 
 // --- between memory and buffers -------------------------------------------------------------------------------------
-
-template <class T>
-void read_run(const T* from, int64_t stride, int64_t n, float* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = load_one(from + i * stride);
-}
-
-template <class T>
-void write_run(const float* from, int64_t stride, int64_t n, T* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  for (; i < n; ++i) store_one(to + i * stride, from[i]);
-}
-
-template <class T>
-void zero_run(int64_t stride, int64_t n, T* to) {
-  if (stride == 1)
-    std::memset(to, 0, static_cast<size_t>(n) * sizeof(T));
-  else
-    for (int64_t i = 0; i < n; ++i) store_one(to + i * stride, 0.0f);
-}
-
-// Calls body with a typed null pointer that stands for the storage type.
-template <class Body>
-DIMO_INLINE void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::float32:
-      return body(static_cast<float*>(nullptr));
-    case DType::float16:
-      return body(static_cast<Half*>(nullptr));
-    case DType::bfloat16:
-      return body(static_cast<Bfloat16*>(nullptr));
-  }
-}
 
 // The largest magnitude that does not round to infinity lies below this.
 float overflow_bound(DType dtype) {
