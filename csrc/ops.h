@@ -96,14 +96,14 @@ struct SampleCategoricalArgs {
   float guidance_scale;   // as in TokenDivergenceArgs
   const float* guidance;  // [samples] or null
   int64_t rows_per_sample;
-  const int64_t* key;         // (seed, offset), one for all samples or one a sample
-  int64_t key_stride;         // 0 or 2
-  double temperature;         // 0: the lowest of the ids with the largest logit
-  int64_t top_k;              // 0 = all
-  double top_p;               // 1 = all
-  double min_p;               // 0 = all
-  int64_t* tokens;            // [rows]
-  float* log_prob;            // [rows]
+  const int64_t* key;  // (seed, offset), one for all samples or one a sample
+  int64_t key_stride;  // 0 or 2
+  double temperature;  // 0: the lowest of the ids with the largest logit
+  int64_t top_k;       // 0 = all
+  double top_p;        // 1 = all
+  double min_p;        // 0 = all
+  int64_t* tokens;     // [rows]
+  float* log_prob;     // [rows]
 };
 
 // sigma * scale * standard normal + sqrt(1 - sigma^2) * embeddings, rounded once.

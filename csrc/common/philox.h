@@ -73,10 +73,14 @@ struct RowStream {
 
   DIMO_HOST_DEVICE RowStream(const int64_t* keys, int64_t key_stride, OperatorTag operator_tag, int64_t row_index,
                              int64_t rows_per_sample = 1)
-      : key{static_cast<uint64_t>(keys[row_index / rows_per_sample * key_stride]),
-            static_cast<uint64_t>(keys[row_index / rows_per_sample * key_stride + 1])},
-        tag(operator_tag),
-        row(static_cast<uint32_t>(key_stride == 0 ? row_index : row_index % rows_per_sample)) {}
+      : tag(operator_tag), row(static_cast<uint32_t>(row_index)) {
+    if (key_stride != 0) {
+      const int64_t sample = row_index / rows_per_sample;
+      row = static_cast<uint32_t>(row_index - sample * rows_per_sample);
+      keys += sample * key_stride;
+    }
+    key = {static_cast<uint64_t>(keys[0]), static_cast<uint64_t>(keys[1])};
+  }
 
   DIMO_HOST_DEVICE Words4 words(uint32_t block) const { return random_words(key, tag, row, block); }
 };

@@ -76,6 +76,12 @@ struct ChunkRace {
   }
 };
 
+// -log((word + 1/2) / 2^32), accurate at both ends.
+DIMO_HOST_DEVICE static inline float negative_log(uint32_t word) {
+  if (word < 0x80000000u) return -logf((static_cast<float>(word) + 0.5f) * 0x1p-32f);
+  return -log1pf(-(static_cast<float>(~word) + 0.5f) * 0x1p-32f);
+}
+
 // Of a mass that is a multiple of 2^-40: where in it the pick falls, uniform by 53 random bits.
 DIMO_HOST_DEVICE static inline uint64_t pick_target(uint64_t total, uint32_t word1, uint32_t word2) {
   const uint64_t random53 = static_cast<uint64_t>(word1) << 21 | word2 >> 11;
@@ -88,27 +94,29 @@ DIMO_HOST_DEVICE static inline uint64_t pick_target(uint64_t total, uint32_t wor
 // significant first. A pass sums the weights of the drops that agree with the digits so far by their next digit.
 namespace {
 
-constexpr int kDropBits = 31, kDropDigitBits = 11;  // digits of 11, 10 and 10 bits
-constexpr int kDropDigits = 1 << kDropDigitBits;
+constexpr int kDropBits = 31;
 
 struct DropSearch {
   uint64_t needed;      // of the drops that agree with the digits so far
-  uint32_t prefix = 0;  // those digits
-  int shift = kDropBits - kDropDigitBits;
+  int digit_bits;       // of every digit but the last
+  int shift, width;     // where the digit lies that is sought, and how wide it is
+  uint32_t prefix = 0;  // digits found so far
   bool done = false;
 
-  DIMO_HOST_DEVICE explicit DropSearch(uint64_t weight) : needed(weight) {}
+  DIMO_HOST_DEVICE DropSearch(uint64_t weight, int bits)
+      : needed(weight), digit_bits(bits), shift(kDropBits - bits), width(bits) {}
 
-  DIMO_HOST_DEVICE int bits() const { return shift == kDropBits - kDropDigitBits ? kDropDigitBits : kDropDigitBits - 1; }
-  DIMO_HOST_DEVICE bool candidate(uint32_t drop) const { return drop >> shift >> bits() == prefix; }
-  DIMO_HOST_DEVICE uint32_t digit(uint32_t drop) const { return drop >> shift & ((1u << bits()) - 1); }
+  DIMO_HOST_DEVICE bool candidate(uint32_t drop) const { return drop >> shift >> width == prefix; }
+  DIMO_HOST_DEVICE uint32_t digit(uint32_t drop) const { return drop >> shift & ((1u << width) - 1); }
 
   // Goes on under the digit with which the weights reach what is needed: `before` is that of lower ones, `weight` its.
   DIMO_HOST_DEVICE void descend(uint32_t digit, uint64_t before, uint64_t weight) {
-    prefix = prefix << bits() | digit;
+    prefix = prefix << width | digit;
     needed -= before;
     done = shift == 0 || needed == weight;  // every drop under the prefix stays
-    if (!done) shift -= kDropDigitBits - 1;
+    if (done) return;
+    width = shift < digit_bits ? shift : digit_bits;
+    shift -= width;
   }
 
   // The largest drop under the prefix: once done, the threshold.

@@ -21,7 +21,8 @@ DIMO_INLINE void normal_pair(Bits32 word0, Bits32 word1, Vec& first, Vec& second
   const Bits32 quarter = (word1 + 0x20000000u) >> 30;
   const Vec rest = __builtin_convertvector(reinterpret_cast<Int>(word1 << 2), Vec) * 0x1p-32f + 0x1p-31f;
   const Vec angle = rest * 1.57079633f, square = angle * angle;
-  const Vec sine = angle + angle * square * (-1.6666654611e-1f + square * (8.3321608736e-3f - 1.9515295891e-4f * square));
+  const Vec sine =
+      angle + angle * square * (-1.6666654611e-1f + square * (8.3321608736e-3f - 1.9515295891e-4f * square));
   const Vec cosine = 1.0f - 0.5f * square +
                      square * square * (4.1666645683e-2f + square * (-1.3887316255e-3f + 2.4433157118e-5f * square));
   const Vec x = (quarter & 1u) != 0u ? sine : cosine, y = (quarter & 1u) != 0u ? cosine : sine;

@@ -55,13 +55,17 @@ struct LaneStreams {
 
   // Lane `lane` is the stream of a row; keys as in SampleCategoricalArgs.
   DIMO_INLINE void set(int lane, const int64_t* keys, int64_t key_stride, int64_t rows_per_sample, int64_t index) {
-    const int64_t* key = keys + index / rows_per_sample * key_stride;
-    const uint64_t seed = static_cast<uint64_t>(key[0]), offset = static_cast<uint64_t>(key[1]);
+    if (key_stride != 0) {
+      const int64_t sample = index / rows_per_sample;
+      index -= sample * rows_per_sample;
+      keys += sample * key_stride;
+    }
+    const uint64_t seed = static_cast<uint64_t>(keys[0]), offset = static_cast<uint64_t>(keys[1]);
     seed_low[lane] = static_cast<uint32_t>(seed);
     seed_high[lane] = static_cast<uint32_t>(seed >> 32);
     offset_low[lane] = static_cast<uint32_t>(offset);
     offset_high[lane] = static_cast<uint32_t>(offset >> 32);
-    row[lane] = static_cast<uint32_t>(key_stride == 0 ? index : index % rows_per_sample);
+    row[lane] = static_cast<uint32_t>(index);
   }
 
   // All lanes are the stream of a row.
@@ -83,10 +87,9 @@ DIMO_INLINE Bits32 lane_numbers() {
 
 // -log((word + 1/2) / 2^32), accurate at both ends.
 DIMO_INLINE Vec negative_log(Bits32 word) {
-  const auto fraction = [](Bits32 w) DIMO_INLINE_LAMBDA {
-    return (__builtin_convertvector(w, Vec) + 0.5f) * 0x1p-32f;
-  };
-  const Vec low = VecMath::log(fraction(word)), high = VecMath::log1p(-VecMath::min(fraction(~word), VecMath::splat(0.5f)));
+  const auto fraction = [](Bits32 w) DIMO_INLINE_LAMBDA { return (__builtin_convertvector(w, Vec) + 0.5f) * 0x1p-32f; };
+  const Vec low = VecMath::log(fraction(word)),
+            high = VecMath::log1p(-VecMath::min(fraction(~word), VecMath::splat(0.5f)));
   return word < 0x80000000u ? -low : -high;
 }
 

@@ -2,8 +2,8 @@
 // cpu/sampling.cpp chooses. Without filters memory is read once, and the winner's chunk again from the cache.
 //
 // A long row lies along the lanes of a register. Short rows, and rows whose vocabulary is strided, lie across them: one
-// row a lane. Filters and greedy draws take a row at a time; a filter's threshold is searched over the row in the cache,
-// where it is written once as floats if it is not there as such.
+// row a lane. Filters and greedy draws take a row at a time; a filter's threshold is searched over the row in the
+// cache, where it is written once as floats if it is not there as such.
 #include <cmath>
 #include <type_traits>
 
@@ -18,6 +18,9 @@ namespace dimo::cpu {
 namespace {
 
 constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the lanes
+constexpr int kStep = 2 * kLanes;            // ids that a step of a sweep takes
+constexpr int kDigitBits = 11;               // of a threshold's search
+constexpr int64_t kShortRow = 1024;          // of up to so many ids, the digits have 8 bits: fewer sums to clear
 constexpr int64_t kResident = 16384;         // ids of a row that filters keep as floats; of a longer one, a chunk
 
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
@@ -70,8 +73,7 @@ void put(const SampleCategoricalArgs& args, int64_t row, bool dead, int64_t toke
 
 class Along {
  public:
-  explicit Along(const SampleCategoricalArgs& args)
-      : args_(args), rules_(args), chunks_(chunks_of(args)) {}
+  explicit Along(const SampleCategoricalArgs& args) : args_(args), rules_(args), chunks_(chunks_of(args)) {}
 
   void run(int64_t row) {
     locate(row);
@@ -101,10 +103,16 @@ class Along {
     });
   }
 
+  int64_t ids_of(int64_t c) const { return least<int64_t>(args_.shape.vocab - c * kChunk, kChunk); }
+
+  // The ids of a chunk, rounded up to what a step of a sweep takes.
+  int64_t width_of(int64_t c) const { return (ids_of(c) + kStep - 1) / kStep * kStep; }
+
   // Writes a chunk as floats, -inf beyond the last id.
-  void convert(int64_t begin, int64_t n, float* to) {
+  void convert(int64_t c, float* to) {
+    const int64_t begin = c * kChunk, n = ids_of(c);
     read(args_.logits, logits_ + begin * args_.logits.vocab_stride, n, to);
-    fill<float>(to + n, to + kChunk, -INFINITY);
+    fill<float>(to + n, to + width_of(c), -INFINITY);
     if (!guided_) return;
     read(args_.uncond, uncond_ + begin * args_.uncond.vocab_stride, n, other_);
     for (int64_t i = 0; i < n; i += kLanes)  // what follows the last id stays -inf
@@ -112,20 +120,19 @@ class Along {
   }
 
   const float* chunk(int64_t c) {
-    const int64_t begin = c * kChunk, n = least<int64_t>(args_.shape.vocab - begin, kChunk);
-    if (direct_ != nullptr && n == kChunk) return direct_ + begin;
+    const int64_t begin = c * kChunk, n = ids_of(c);
+    if (direct_ != nullptr && n == width_of(c)) return direct_ + begin;
     if (direct_ != nullptr) {
       std::memcpy(chunk_, direct_ + begin, static_cast<size_t>(n) * sizeof(float));
-      fill<float>(chunk_ + n, chunk_ + kChunk, -INFINITY);
+      fill<float>(chunk_ + n, chunk_ + width_of(c), -INFINITY);
     } else {
-      convert(begin, n, chunk_);
+      convert(c, chunk_);
     }
     return chunk_;
   }
 
   void fill_resident() {
-    for (int64_t c = 0; c < chunks_; ++c)
-      convert(c * kChunk, least<int64_t>(args_.shape.vocab - c * kChunk, kChunk), resident_ + c * kChunk);
+    for (int64_t c = 0; c < chunks_; ++c) convert(c, resident_ + c * kChunk);
     direct_ = resident_;
   }
 
@@ -135,7 +142,7 @@ class Along {
     Int usable = ~Int{};
     for (int64_t c = 0; c < chunks_; ++c) {
       const float* const z = chunk(c);
-      for (int i = 0; i < kChunk; i += kLanes) {
+      for (int i = 0; i < width_of(c); i += kLanes) {
         top = VecMath::max(load(z + i), top);
         usable &= load(z + i) < INFINITY;
       }
@@ -148,7 +155,7 @@ class Along {
     if (!find_top()) return put(args_, row, true, 0, 0.0f);
     for (int64_t c = 0;; ++c) {
       const float* const z = chunk(c);
-      for (int i = 0; i < kChunk; ++i)
+      for (int i = 0; i < ids_of(c); ++i)
         if (z[i] == top_) return put(args_, row, false, c * kChunk + i, 0.0f);
     }
   }
@@ -166,13 +173,14 @@ class Along {
   // The threshold of top-p (kMass) or top-k among the drops up to a limit.
   template <bool kMass>
   uint32_t search(uint32_t limit) {
-    DropSearch search(static_cast<uint64_t>(rules_.top_k));
+    DropSearch search(static_cast<uint64_t>(rules_.top_k), args_.shape.vocab <= kShortRow ? 8 : kDigitBits);
+    const size_t bins = size_t{1} << search.digit_bits;
     for (bool first = true; !search.done; first = false) {
-      std::memset(histogram_, 0, sizeof histogram_);
-      for (int64_t c = 0; c < chunks_; ++c) count_chunk<kMass>(chunk(c), search, limit);
+      std::memset(histogram_, 0, bins * sizeof *histogram_);
+      for (int64_t c = 0; c < chunks_; ++c) count_chunk<kMass>(chunk(c), width_of(c), search, limit);
       if (kMass && first) {
         uint64_t total = 0;
-        for (const uint64_t weight : histogram_) total += weight;
+        for (size_t i = 0; i < bins; ++i) total += histogram_[i];
         search.needed = needed_mass(rules_.top_p, total);
       }
       uint32_t digit = 0;
@@ -184,14 +192,14 @@ class Along {
   }
 
   template <bool kMass>
-  void count_chunk(const float* z, const DropSearch& search, uint32_t limit) {
-    const int shift = search.shift, above = shift + search.bits();
+  void count_chunk(const float* z, int64_t width, const DropSearch& search, uint32_t limit) {
+    const int above = search.shift + search.width;
     const Int prefix = Int{} + static_cast<int32_t>(search.prefix), largest = Int{} + static_cast<int32_t>(limit);
     alignas(64) int32_t drops[kLanes], high[kLanes], low[kLanes], wanted[kLanes];
-    for (int i = 0; i < kChunk; i += kLanes) {
+    for (int i = 0; i < width; i += kLanes) {
       const Vec drop = top_ - load(z + i);
       const Int bits = reinterpret_cast<Int>(drop);
-      const Int candidate = (above == kDropBits ? ~Int{} : Int(bits >> above == prefix)) & (bits <= largest);
+      const Int candidate = (bits >> above == prefix) & (bits <= largest);
       if (!any_lane(candidate)) continue;
       store_bytes(drops, bits);
       store_bytes(wanted, candidate);
@@ -220,9 +228,9 @@ class Along {
   // --- the draw
 
   template <bool kFiltered>
-  DIMO_INLINE float chunk_top(const float* z) const {
+  DIMO_INLINE float chunk_top(const float* z, int64_t width) const {
     Vec a = minus_infinity(), b = a;
-    for (int i = 0; i < kChunk; i += 2 * kLanes) {
+    for (int i = 0; i < width; i += kStep) {
       a = VecMath::max(kept<kFiltered>(z + i), a);
       b = VecMath::max(kept<kFiltered>(z + i + kLanes), b);
     }
@@ -230,10 +238,10 @@ class Along {
   }
 
   template <bool kFiltered>
-  DIMO_INLINE float chunk_sum(const float* z, float top) const {
+  DIMO_INLINE float chunk_sum(const float* z, int64_t width, float top) const {
     const Vec usable = VecMath::splat(top == -INFINITY ? 0.0f : top);
     Vec a = Vec{}, b = Vec{};
-    for (int i = 0; i < kChunk; i += 2 * kLanes) {
+    for (int i = 0; i < width; i += kStep) {
       a += VecMath::exp2((kept<kFiltered>(z + i) - usable) * rules_.rate);
       b += VecMath::exp2((kept<kFiltered>(z + i + kLanes) - usable) * rules_.rate);
     }
@@ -250,11 +258,11 @@ class Along {
       fill(sums, sums + kLanes, 0.0f);
       for (int64_t i = 0; i < n; ++i) {
         const float* const z = chunk(first + i);
-        tops[i] = chunk_top<kFiltered>(z);
-        sums[i] = chunk_sum<kFiltered>(z, tops[i]);
+        tops[i] = chunk_top<kFiltered>(z, width_of(first + i));
+        sums[i] = chunk_sum<kFiltered>(z, width_of(first + i), tops[i]);
       }
       const Bits32 index = lane_numbers() + static_cast<uint32_t>(first);
-      const Vec exponential = negative_log(~streams_.words(index).word[0]);
+      const Vec exponential = chunks_ == 1 ? VecMath::splat(1.0f) : negative_log(~streams_.words(index).word[0]);
       race.enter(load(tops), load(sums), exponential, reinterpret_cast<Int>(index), rules_.rate);
     }
     finish<kFiltered>(row, race);
@@ -271,17 +279,18 @@ class Along {
     for (int lane = 1; lane < kLanes; ++lane) winner = score[lane] > score[winner] ? lane : winner;
     const int64_t c = race.chunk[winner];
     const float* const z = chunk(c);
-    const int id = pick<kFiltered>(z, static_cast<uint32_t>(c));
+    const int id = pick<kFiltered>(z, c);
     const float log_prob = (z[id] - top) * rules_.inverse_temperature - __builtin_logf(total);
     put(args_, row, false, c * kChunk + id, log_prob);
   }
 
   template <bool kFiltered>
-  int pick(const float* z, uint32_t c) const {
-    const float top = chunk_top<kFiltered>(z);
+  int pick(const float* z, int64_t c) const {
+    const int64_t width = width_of(c);
+    const float top = chunk_top<kFiltered>(z, width);
     alignas(64) int32_t highs[kChunk], lows[kChunk];
     Int high = Int{}, low = Int{};
-    for (int i = 0; i < kChunk; i += kLanes) {
+    for (int i = 0; i < width; i += kLanes) {
       const Fixed weight(VecMath::exp2((kept<kFiltered>(z + i) - top) * rules_.rate));
       store_bytes(highs + i, weight.high);
       store_bytes(lows + i, weight.low);
@@ -290,12 +299,13 @@ class Along {
     }
     const RandomKey key = {streams_.seed_low[0] | static_cast<uint64_t>(streams_.seed_high[0]) << 32,
                            streams_.offset_low[0] | static_cast<uint64_t>(streams_.offset_high[0]) << 32};
-    const Words4 words = random_words(key, streams_.tag, streams_.row[0], c);
+    const Words4 words = random_words(key, streams_.tag, streams_.row[0], static_cast<uint32_t>(c));
     const uint64_t target = pick_target(joined(sum_of_lanes(high), sum_of_lanes(low)), words.word[1], words.word[2]);
     uint64_t through = 0;
     int id = 0;
     for (;; id += kLanes) {
-      const uint64_t block = joined(sum_of_lanes(load_bytes<Int>(highs + id)), sum_of_lanes(load_bytes<Int>(lows + id)));
+      const uint64_t block =
+          joined(sum_of_lanes(load_bytes<Int>(highs + id)), sum_of_lanes(load_bytes<Int>(lows + id)));
       if (through + block > target) break;
       through += block;
     }
@@ -313,7 +323,7 @@ class Along {
   LaneStreams streams_ = {OperatorTag::sample_categorical, {}, {}, {}, {}, {}};
   float top_ = 0.0f, limit_ = 0.0f;  // of a filtered row
   alignas(64) float chunk_[kChunk], other_[kChunk], resident_[kResident];
-  uint64_t histogram_[kDropDigits];
+  uint64_t histogram_[1 << kDigitBits];
 };
 
 // --- a row a lane ---------------------------------------------------------------------------------------------------
