@@ -3,147 +3,41 @@
 // that is written.
 //
 // A row of up to 64 ids belongs to 8 lanes, a longer one to a warp, a long one to a block, whose warps take its chunks
-// in turn. The lanes of a warp load neighbouring ids, so that rows need not be aligned, and one lane keeps the sums of
-// one chunk: 32 chunks at a time then race in parallel. The pick inside the winner goes through its ids in order.
+// in turn while the next ones are on their way into shared memory. One lane keeps the sums of one chunk: 32 chunks at a
+// time then race in parallel. The pick inside the winner goes through its ids in order.
 #include <cstdint>
 #include <type_traits>
 
 #include "common/sampling.h"
 #include "common/scalar_math.h"
+#include "cuda/chunks.h"
 #include "cuda/launch.h"
-#include "cuda/logits.h"
 #include "ops.h"
 
 namespace dimo::cuda {
 namespace {
 
-using Wide = unsigned long long;  // what shuffles and atomics call uint64_t
-
-constexpr int kShare = 8;  // ids of a chunk that a lane holds
 constexpr int kShortLanes = 8;
 constexpr int64_t kShortVocab = kShortLanes * kShare;
 constexpr int64_t kWarpVocab = 4096;  // up to here a warp a row
 constexpr int kManyWarps = 8;
-constexpr int kRowsPerBlock = 4;    // where each has a warp
-constexpr int kResidentWarps = 40;  // of a multiprocessor: their loads hide one another's latency
+constexpr int kRowsPerBlock = 4;  // where each has a warp
+// Warps that a multiprocessor is to hold, as registers allow without spills.
+constexpr int resident_warps(bool guided) { return guided ? 24 : 32; }
 constexpr int64_t kMostBlocks = 1 << 14;
 constexpr float kOne = 0x1p40f;  // in fixed point
-static_assert(kChunk == kWarp * kShare, "a warp holds a chunk");
 
-// 2^x by the special-function unit: relative error below 2^-21, results below 2^-126 become 0.
-__device__ inline float exp2_fast(float x) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return exp2f(x);
-#endif
-}
+// A filter: ids that lie further than the limit below the top are dropped.
+struct Filter {
+  float top, limit;
 
-// kLanes neighbours of a warp that work on one row.
-template <int kLanes>
-struct Lanes {
-  int rank = static_cast<int>(threadIdx.x) % kLanes;
-  unsigned mask =
-      kLanes == kWarp ? 0xffffffffu : ((1u << kLanes % kWarp) - 1u) << (threadIdx.x % kWarp / kLanes * kLanes);
-
-  template <class T, class Combine>
-  __device__ T reduce(T x, const Combine& combine) const {
+  __device__ void apply(float (&z)[kShare]) const {
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(mask, x, step));
-    return x;
-  }
-  __device__ float sum(float x) const {
-    return reduce(x, [](float a, float b) { return a + b; });
-  }
-  // NaN is ignored beside a number.
-  __device__ float max(float x) const {
-    return reduce(x, [](float a, float b) { return fmaxf(a, b); });
-  }
-  // Of this lane and those before it.
-  __device__ Wide scan(Wide x) const {
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      const Wide before = __shfl_up_sync(mask, x, step, kLanes);
-      if (rank >= step) x += before;
-    }
-    return x;
-  }
-  template <class T>
-  __device__ T from(int lane, T x) const {
-    return __shfl_sync(mask, x, lane, kLanes);
-  }
-  // The first lane that says yes; one does.
-  __device__ int first(bool yes) const {
-    return (__ffs(static_cast<int>(__ballot_sync(mask, yes) & mask)) - 1) % kLanes;
+    for (int i = 0; i < kShare; ++i) z[i] = top - z[i] <= limit ? z[i] : -INFINITY;
   }
 };
-
-// Ids first, first + kStep, ... below `end` of the row at `data`, -inf beyond.
-template <int kStep>
-__device__ void load_ids(const LogitRows& logits, const void* data, int first, int end, float (&z)[kShare]) {
-  with_type(logits.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* const from = static_cast<const T*>(data);
-    if (logits.vocab_stride == 1 && first + (kShare - 1) * kStep < end) {
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) z[i] = to_float(from[first + i * kStep]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kShare; ++i)
-        z[i] = first + i * kStep < end ? to_float(from[(first + i * kStep) * logits.vocab_stride]) : -INFINITY;
-    }
-  });
-}
-
-__device__ inline const void* row_data(const RowShape& shape, const LogitRows& logits, int64_t row) {
-  return static_cast<const char*>(logits.data) +
-         row_offset(shape, logits, row) * (logits.dtype == DType::float32 ? 4 : 2);
-}
-
-// One row as floats: guided (kGuided), without the ids that a filter drops.
-template <bool kGuided>
-struct Row {
-  const SampleCategoricalArgs& args;
-  const void *cond, *uncond = nullptr;
-  float scale = 1.0f;
-  float top = 0.0f, limit = INFINITY;  // ids that lie further below the top are dropped
-
-  __device__ Row(const SampleCategoricalArgs& a, int64_t row) : args(a), cond(row_data(a.shape, a.logits, row)) {
-    if constexpr (kGuided) {
-      scale = a.guidance != nullptr ? a.guidance[row / a.rows_per_sample] : a.guidance_scale;
-      uncond = row_data(a.shape, a.uncond, row);
-    }
-  }
-
-  __device__ int vocab() const { return static_cast<int>(args.shape.vocab); }
-
-  template <int kStep>
-  __device__ void load(int first, int end, float (&z)[kShare]) const {
-    load_ids<kStep>(args.logits, cond, first, end, z);
-    if (!kGuided || scale == 1.0f) return;
-    float other[kShare];
-    load_ids<kStep>(args.uncond, uncond, first, end, other);
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {  // -inf on either side gives -inf
-      const bool filtered = z[i] == -INFINITY || other[i] == -INFINITY;
-      z[i] = filtered ? -INFINITY : other[i] + scale * (z[i] - other[i]);
-    }
-  }
-
-  template <int kStep, bool kFiltered>
-  __device__ void load_kept(int first, float (&z)[kShare]) const {
-    load<kStep>(first, vocab(), z);
-    if constexpr (kFiltered) {
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) z[i] = top - z[i] <= limit ? z[i] : -INFINITY;
-    }
-  }
-
-  __device__ RowStream stream(int64_t row) const {
-    return RowStream(args.key, args.key_stride, OperatorTag::sample_categorical, row, args.rows_per_sample);
-  }
+struct NoFilter {
+  __device__ void apply(float (&)[kShare]) const {}
 };
 
 template <int kLanes>
@@ -194,9 +88,9 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
 constexpr int kShortThreads = 128;
 
 template <bool kGuided>
-__global__ __launch_bounds__(kShortThreads,
-                             40 * kWarp / kShortThreads) void short_rows_kernel(const SampleCategoricalArgs args,
-                                                                                const DrawRules rules) {
+__global__ __launch_bounds__(kShortThreads, resident_warps(kGuided) * kWarp /
+                                                kShortThreads) void short_rows_kernel(const SampleCategoricalArgs args,
+                                                                                      const DrawRules rules) {
   const Lanes<kShortLanes> lanes;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kShortThreads / kShortLanes);
   const int vocab = static_cast<int>(args.shape.vocab), share = (vocab + kShortLanes - 1) / kShortLanes;
@@ -206,7 +100,7 @@ __global__ __launch_bounds__(kShortThreads,
     const Row<kGuided> source(args, row);
     const Words4 words = source.stream(row).words(0);
     float z[kShare];
-    source.template load<1>(first, end, z);
+    source.load(first, end, z);
     const float top = largest(lanes, z);
     float sum = 0.0f;
 #pragma unroll
@@ -245,27 +139,17 @@ __device__ inline Winner united(const Lanes<kWarp>& lanes, Winner own, float rat
   return all;
 }
 
-// Calls visit(chunk, slot) for the chunks of this warp, slot counting them modulo 32, and after every 32 and at the end
-// full(first): the lanes' chunks are first + kWarps * lane.
-template <int kWarps, class Visit, class Full>
-__device__ void each_chunk(int vocab, int warp, const Visit& visit, const Full& full) {
-  const int chunks = (vocab + kChunk - 1) / kChunk;
-  for (int first = warp; first < chunks; first += kWarps * kWarp) {
-    for (int slot = 0; slot < kWarp && first + slot * kWarps < chunks; ++slot) visit(first + slot * kWarps, slot);
-    full(first);
-  }
-}
-
-template <int kWarps, bool kFiltered, bool kGuided>
-__device__ Winner run_race(const Lanes<kWarp>& lanes, const Row<kGuided>& source, int64_t row, int warp, float rate) {
+template <int kWarps, bool kGuided, class Filter>
+__device__ Winner run_race(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const Filter& filter, int64_t row,
+                           int warp, unsigned char* slots, float rate) {
   ChunkRace<ScalarMath> race;
   uint32_t word1 = 0, word2 = 0;
   float chunk_top = -INFINITY, chunk_sum = 0.0f;
-  each_chunk<kWarps>(
-      source.vocab(), warp,
-      [&](int chunk, int slot) {
-        float z[kShare], sum = 0.0f;
-        source.template load_kept<kWarp, kFiltered>(chunk * kChunk + lanes.rank, z);
+  source.template each_chunk<kWarps>(
+      lanes.rank, warp, slots,
+      [&](int, int slot, float (&z)[kShare]) {
+        filter.apply(z);
+        float sum = 0.0f;
         const float top = largest(lanes, z), usable = finite(top);
 #pragma unroll
         for (int i = 0; i < kShare; ++i) sum += exp2_fast((z[i] - usable) * rate);
@@ -289,29 +173,40 @@ __device__ Winner run_race(const Lanes<kWarp>& lanes, const Row<kGuided>& source
 }
 
 // One lane of one warp writes.
-template <bool kFiltered, bool kGuided>
-__device__ void finish(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const DrawRules& rules,
-                       const Winner& winner, int64_t row) {
+template <bool kGuided, class Filter>
+__device__ void finish(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const Filter& filter,
+                       const DrawRules& rules, const Winner& winner, int64_t row) {
   if (winner.top == -INFINITY || !(winner.total < INFINITY)) {
     if (lanes.rank == 0) put(source.args, row, -1, -INFINITY);
     return;
   }
   float z[kShare];
   const int first = winner.chunk * kChunk;
-  source.template load_kept<1, kFiltered>(first + lanes.rank * kShare, z);
+  source.load(first + lanes.rank * kShare, source.vocab(), z);
+  filter.apply(z);
   pick(lanes, source.args, rules, z, kShare, winner.word1, winner.word2, first, winner.top, winner.total, row);
 }
 
+// Bytes of shared memory for the chunks of a warp.
+__host__ __device__ inline int ring_bytes(const SampleCategoricalArgs& args) {
+  return kSlots * (slot_bytes(args.logits) + slot_bytes(args.uncond));
+}
+
+__device__ inline unsigned char* slots_of_warp(const SampleCategoricalArgs& args) {
+  return shared_memory<unsigned char>() + threadIdx.x / kWarp * ring_bytes(args);
+}
+
 template <bool kGuided>
-__global__ __launch_bounds__(kRowsPerBlock* kWarp,
-                             kResidentWarps / kRowsPerBlock) void warp_rows_kernel(const SampleCategoricalArgs args,
-                                                                                   const DrawRules rules) {
+__global__ __launch_bounds__(kRowsPerBlock* kWarp, resident_warps(kGuided) / kRowsPerBlock) void warp_rows_kernel(
+    const SampleCategoricalArgs args, const DrawRules rules) {
   const Lanes<kWarp> lanes;
+  unsigned char* const slots = slots_of_warp(args);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; row < args.shape.rows;
        row += step) {
     const Row<kGuided> source(args, row);
-    finish<false>(lanes, source, rules, run_race<1, false>(lanes, source, row, 0, rules.rate), row);
+    const Winner winner = run_race<1>(lanes, source, NoFilter{}, row, 0, slots, rules.rate);
+    finish(lanes, source, NoFilter{}, rules, winner, row);
   }
 }
 
@@ -326,11 +221,12 @@ struct Board {
 };
 
 // The first warp picks; the others go on.
-template <int kWarps, bool kFiltered, bool kGuided>
-__device__ void draw(const Row<kGuided>& source, const DrawRules& rules, int64_t row, int parity, Board& board) {
+template <int kWarps, bool kGuided, class Filter>
+__device__ void draw(const Row<kGuided>& source, const Filter& filter, const DrawRules& rules, int64_t row,
+                     unsigned char* slots, int parity, Board& board) {
   const Lanes<kWarp> lanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  Winner winner = run_race<kWarps, kFiltered>(lanes, source, row, warp, rules.rate);
+  Winner winner = run_race<kWarps>(lanes, source, filter, row, warp, slots, rules.rate);
   if constexpr (kWarps > 1) {
     if (lanes.rank == 0) board.winners[parity][warp] = winner;
     __syncthreads();
@@ -338,17 +234,17 @@ __device__ void draw(const Row<kGuided>& source, const DrawRules& rules, int64_t
     winner = lanes.rank < kWarps ? board.winners[parity][lanes.rank] : Winner{-INFINITY, 0.0f, 0.0f, 0, 0, 0};
     winner = united(lanes, winner, rules.rate);
   }
-  finish<kFiltered>(lanes, source, rules, winner, row);
+  finish(lanes, source, filter, rules, winner, row);
 }
 
 template <bool kGuided>
-__global__ __launch_bounds__(kManyWarps* kWarp,
-                             kResidentWarps / kManyWarps) void block_rows_kernel(const SampleCategoricalArgs args,
-                                                                                 const DrawRules rules) {
+__global__ __launch_bounds__(kManyWarps* kWarp, resident_warps(kGuided) /
+                                                    kManyWarps) void block_rows_kernel(const SampleCategoricalArgs args,
+                                                                                       const DrawRules rules) {
   __shared__ Board board;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x, parity ^= 1)
-    draw<kManyWarps, false>(Row<kGuided>(args, row), rules, row, parity, board);
+    draw<kManyWarps>(Row<kGuided>(args, row), NoFilter{}, rules, row, slots_of_warp(args), parity, board);
 }
 
 // --- filters and greedy draws ---------------------------------------------------------------------------------------
@@ -359,16 +255,14 @@ struct Largest {
 };
 
 template <int kWarps, bool kGuided>
-__device__ Largest find_largest(const Row<kGuided>& source, Board& board) {
+__device__ Largest find_largest(const Row<kGuided>& source, unsigned char* slots, Board& board) {
   const Lanes<kWarp> lanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   constexpr int kNone = 0x7fffffff;
   Largest own = {-INFINITY, kNone};
-  each_chunk<kWarps>(
-      source.vocab(), warp,
-      [&](int chunk, int) {
-        float z[kShare];
-        source.template load<kWarp>(chunk * kChunk + lanes.rank, source.vocab(), z);
+  source.template each_chunk<kWarps>(
+      lanes.rank, warp, slots,
+      [&](int chunk, int, const float (&z)[kShare]) {
 #pragma unroll
         for (int i = 0; i < kShare; ++i)
           if (!(z[i] <= own.top)) own = {z[i] < INFINITY ? z[i] : INFINITY, chunk * kChunk + lanes.rank + i * kWarp};
@@ -412,22 +306,20 @@ __device__ Wide scan_block(Wide own, Board& board, Wide* total) {
 
 // The threshold of top-p (kMass) or top-k among the drops up to a limit, for all threads.
 template <bool kMass, int kWarps, int kBits, bool kGuided>
-__device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& rules, uint32_t limit, Wide* histogram,
-                                   Board& board) {
+__device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& rules, float top, uint32_t limit,
+                                   unsigned char* slots, Wide* histogram, Board& board) {
   constexpr int kBins = 1 << kBits, kThreads = kWarps * kWarp, kOwnBins = kBins / kThreads;
   const Lanes<kWarp> lanes;
   DropSearch search(static_cast<uint64_t>(rules.top_k), kBits);
   for (bool first = true; !search.done; first = false) {
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
     __syncthreads();
-    each_chunk<kWarps>(
-        source.vocab(), static_cast<int>(threadIdx.x) / kWarp,
-        [&](int chunk, int) {
-          float z[kShare];
-          source.template load<kWarp>(chunk * kChunk + lanes.rank, source.vocab(), z);
+    source.template each_chunk<kWarps>(
+        lanes.rank, static_cast<int>(threadIdx.x) / kWarp, slots,
+        [&](int, int, const float (&z)[kShare]) {
 #pragma unroll
           for (int i = 0; i < kShare; ++i) {
-            const float drop = source.top - z[i];
+            const float drop = top - z[i];
             const uint32_t bits = __float_as_uint(drop);
             if (bits > limit || !search.candidate(bits)) continue;
             const Wide weight = kMass ? static_cast<Wide>(exp2_fast(-drop * rules.rate) * kOne) : 1;
@@ -456,25 +348,29 @@ __device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& 
 }
 
 template <int kWarps, int kBits, bool kGuided>
-__global__ __launch_bounds__(kWarps* kWarp, 24 / kWarps) void filtered_rows_kernel(const SampleCategoricalArgs args,
-                                                                                   const DrawRules rules) {
+__global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
+                                                kWarps) void filtered_rows_kernel(const SampleCategoricalArgs args,
+                                                                                  const DrawRules rules) {
   __shared__ Board board;
   __shared__ Wide histogram[1 << kBits];
+  unsigned char* const slots = slots_of_warp(args);
   int parity = 0;
   for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x, parity ^= 1) {
-    Row<kGuided> source(args, row);
-    const Largest largest = find_largest<kWarps>(source, board);
+    const Row<kGuided> source(args, row);
+    const Largest largest = find_largest<kWarps>(source, slots, board);
     const bool dead = !(fabsf(largest.top) < INFINITY);
     if (dead || rules.greedy) {
       if (threadIdx.x == 0) put(args, row, dead ? -1 : largest.id, dead ? -INFINITY : 0.0f);
       continue;
     }
-    source.top = largest.top;
+    const float top = largest.top;
     uint32_t limit = 0x7f800000;
-    if (rules.top_k > 0) limit = find_threshold<false, kWarps, kBits>(source, rules, limit, histogram, board);
-    if (rules.top_p < 1.0) limit = find_threshold<true, kWarps, kBits>(source, rules, limit, histogram, board);
-    source.limit = fminf(__uint_as_float(limit), rules.min_p_drop);
-    draw<kWarps, true>(source, rules, row, parity, board);
+    if (rules.top_k > 0)
+      limit = find_threshold<false, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
+    if (rules.top_p < 1.0)
+      limit = find_threshold<true, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
+    const Filter filter = {top, fminf(__uint_as_float(limit), rules.min_p_drop)};
+    draw<kWarps>(source, filter, rules, row, slots, parity, board);
   }
 }
 
@@ -483,7 +379,8 @@ int launch_rows(Kernel kernel, int64_t rows_per_block, int threads, const Sample
                 const DrawRules& rules, void* stream) {
   const int64_t blocks = (args.shape.rows + rows_per_block - 1) / rows_per_block;
   const dim3 grid(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
-  return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), 0, stream, args, rules);
+  const auto shared_bytes = static_cast<size_t>(threads / kWarp * ring_bytes(args));
+  return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args, rules);
 }
 
 template <bool kGuided>
