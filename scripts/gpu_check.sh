@@ -59,8 +59,8 @@ import json, pathlib, sys
 import dimo_ext
 info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
-kernels = ("fold_in", "mask_tokens", "init_tokens", "token_divergence")
-served = {name: info["operators"][name]["cuda"] for name in kernels}
+kernels = "fold_in mask_tokens init_tokens token_divergence sample_categorical perturb_embeddings"
+served = {name: info["operators"][name]["cuda"] for name in kernels.split()}
 sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
 PYTHON
 
@@ -89,6 +89,12 @@ with dimo_ext.use_backend("native"):
                 teacher, auxiliary, "jeffreys:-0.2", teacher_uncond_logits=teacher.flip(0), guidance_scale=2.0, mask=mask
             )
             loss.sum().backward()
+            key = dimo_ext.random_key([1, 2, 3], device="cuda")
+            guided = {"uncond_logits": teacher.flip(0), "guidance_scale": 2.0}
+            for filters in ({}, {"top_k": min(vocab, 50), "top_p": 0.9}, {"temperature": 0.0}):
+                dimo_ext.sample_categorical(teacher, key=key, **filters)
+                dimo_ext.sample_categorical(teacher, key=key, **guided, **filters)
+            dimo_ext.perturb_embeddings(teacher, 0.3, key=key)
 torch.cuda.synchronize()
 PYTHON
   done

@@ -131,7 +131,7 @@ def assert_equivalent(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_draws(call: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Ids and log-probabilities as the reference draws them; of 10,000 ids one may differ, where two are equally good."""
+    """The reference's ids and log-probabilities; of 10,000 ids one may differ, where two are equally good."""
     tokens, log_prob = call()
     with dx.use_backend("reference"):
         expected = call()

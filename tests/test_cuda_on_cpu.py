@@ -229,7 +229,7 @@ def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
     assert floored[1].isfinite()
 
 
-# A part of a warp, a warp and a block a row; one chunk, several, more than a warp's lanes; full chunks and partial ones.
+# Part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
 DRAWN = [1, 5, 17, 64, 65, 255, 256, 257, 1024, 1025, 4097]
 FILTERS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
 

@@ -64,10 +64,10 @@ int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t
 }
 
 int sample_categorical(int64_t dims, const int64_t* sizes, void* logits, int64_t logits_dtype,
-                       const int64_t* logits_strides, void* uncond, int64_t uncond_dtype,
-                       const int64_t* uncond_strides, double guidance_scale, const float* guidance,
-                       int64_t rows_per_sample, const int64_t* key, int64_t key_stride, double temperature,
-                       int64_t top_k, double top_p, double min_p, int64_t* tokens, float* log_prob) {
+                       const int64_t* logits_strides, void* uncond, int64_t uncond_dtype, const int64_t* uncond_strides,
+                       double guidance_scale, const float* guidance, int64_t rows_per_sample, const int64_t* key,
+                       int64_t key_stride, double temperature, int64_t top_k, double top_p, double min_p,
+                       int64_t* tokens, float* log_prob) {
   return dimo::cuda::sample_categorical(
       {row_shape(dims, sizes), logit_rows(logits, logits_dtype, logits_strides, dims),
        logit_rows(uncond, uncond_dtype, uncond_strides, dims), static_cast<float>(guidance_scale), guidance,
