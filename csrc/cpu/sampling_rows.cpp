@@ -391,7 +391,7 @@ class Across {
   void pick(const LaneWords& words, int64_t c, int64_t n, Int better) {
     Int high = Int{}, low = Int{}, target_high = Int{}, target_low = Int{};
     for (int64_t i = 0; i < n * kLanes; i += kLanes) {
-      const Fixed weight(load(weights_ + i));
+      const Fixed weight(VecMath::max(load(weights_ + i), Vec{}));  // NaN in a dead row becomes 0
       high += weight.high;
       low += weight.low;
     }
@@ -405,7 +405,7 @@ class Across {
     Vec logit = Vec{};
     high = low = Int{};
     for (int64_t i = 0; i < n; ++i) {
-      const Fixed weight(load(weights_ + i * kLanes));
+      const Fixed weight(VecMath::max(load(weights_ + i * kLanes), Vec{}));
       low += weight.low;
       high += weight.high + (low >> kHalfWeightBits);
       low &= (1 << kHalfWeightBits) - 1;
