@@ -19,9 +19,12 @@ namespace {
 
 constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the lanes
 constexpr int kStep = 2 * kLanes;            // ids that a step of a sweep takes
-constexpr int kDigitBits = 11;               // of a threshold's search
-constexpr int64_t kShortRow = 1024;          // of up to so many ids, the digits have 8 bits: fewer sums to clear
 constexpr int64_t kResident = 16384;         // ids of a row that filters keep as floats; of a longer one, a chunk
+
+constexpr int64_t kMaxima = 1024;  // chunks whose largest logits, a lane each, bound the k-th of the row
+
+// Of the digits of a threshold's search: the shorter the row, the fewer sums are worth clearing.
+constexpr int digit_bits(int64_t vocab) { return vocab <= 128 ? 5 : vocab <= 1024 ? 8 : 11; }
 
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
 
@@ -142,10 +145,13 @@ class Along {
     Int usable = ~Int{};
     for (int64_t c = 0; c < chunks_; ++c) {
       const float* const z = chunk(c);
+      Vec chunk_top = minus_infinity();
       for (int i = 0; i < width_of(c); i += kLanes) {
-        top = VecMath::max(load(z + i), top);
+        chunk_top = VecMath::max(load(z + i), chunk_top);
         usable &= load(z + i) < INFINITY;
       }
+      if (c < kMaxima) store(maxima_ + c * kLanes, chunk_top);
+      top = VecMath::max(chunk_top, top);
     }
     top_ = largest_lane(top);
     return top_ > -INFINITY && !any_lane(~usable);
@@ -164,20 +170,34 @@ class Along {
 
   void find_limit() {
     uint32_t limit = 0x7f800000;
-    if (rules_.top_k > 0) limit = search<false>(limit);
-    if (rules_.top_p < 1.0) limit = search<true>(limit);
+    const auto row = [&](int64_t c) { return Part{chunk(c), width_of(c)}; };
+    if (rules_.top_k > 0) {
+      // The k-th largest of the maxima of parts of the row is no larger than that of the row: it leaves few candidates.
+      const int64_t maxima = least<int64_t>(chunks_, kMaxima) * kLanes;
+      const auto part = [&](int64_t c) {
+        return Part{maxima_ + c * kChunk, least<int64_t>(maxima - c * kChunk, kChunk)};
+      };
+      if (maxima >= rules_.top_k) limit = search<false>(limit, (maxima + kChunk - 1) / kChunk, part);
+      limit = search<false>(limit, chunks_, row);
+    }
+    if (rules_.top_p < 1.0) limit = search<true>(limit, chunks_, row);
     std::memcpy(&limit_, &limit, sizeof limit_);
     limit_ = least(limit_, rules_.min_p_drop);
   }
 
-  // The threshold of top-p (kMass) or top-k among the drops up to a limit.
-  template <bool kMass>
-  uint32_t search(uint32_t limit) {
-    DropSearch search(static_cast<uint64_t>(rules_.top_k), args_.shape.vocab <= kShortRow ? 8 : kDigitBits);
+  struct Part {
+    const float* z;
+    int64_t width;  // a multiple of kLanes
+  };
+
+  // The threshold of top-p (kMass) or top-k among the drops up to a limit in `parts` parts.
+  template <bool kMass, class PartOf>
+  uint32_t search(uint32_t limit, int64_t parts, const PartOf& part) {
+    DropSearch search(static_cast<uint64_t>(rules_.top_k), digit_bits(args_.shape.vocab));
     const size_t bins = size_t{1} << search.digit_bits;
     for (bool first = true; !search.done; first = false) {
       std::memset(histogram_, 0, bins * sizeof *histogram_);
-      for (int64_t c = 0; c < chunks_; ++c) count_chunk<kMass>(chunk(c), width_of(c), search, limit);
+      for (int64_t i = 0; i < parts; ++i) count<kMass>(part(i), search, limit);
       if (kMass && first) {
         uint64_t total = 0;
         for (size_t i = 0; i < bins; ++i) total += histogram_[i];
@@ -192,12 +212,12 @@ class Along {
   }
 
   template <bool kMass>
-  void count_chunk(const float* z, int64_t width, const DropSearch& search, uint32_t limit) {
+  void count(const Part& part, const DropSearch& search, uint32_t limit) {
     const int above = search.shift + search.width;
     const Int prefix = Int{} + static_cast<int32_t>(search.prefix), largest = Int{} + static_cast<int32_t>(limit);
     alignas(64) int32_t drops[kLanes], high[kLanes], low[kLanes], wanted[kLanes];
-    for (int i = 0; i < width; i += kLanes) {
-      const Vec drop = top_ - load(z + i);
+    for (int i = 0; i < part.width; i += kLanes) {
+      const Vec drop = top_ - load(part.z + i);
       const Int bits = reinterpret_cast<Int>(drop);
       const Int candidate = (bits >> above == prefix) & (bits <= largest);
       if (!any_lane(candidate)) continue;
@@ -322,8 +342,8 @@ class Along {
   const float* direct_ = nullptr;  // the row where it lies as floats
   LaneStreams streams_ = {OperatorTag::sample_categorical, {}, {}, {}, {}, {}};
   float top_ = 0.0f, limit_ = 0.0f;  // of a filtered row
-  alignas(64) float chunk_[kChunk], other_[kChunk], resident_[kResident];
-  uint64_t histogram_[1 << kDigitBits];
+  alignas(64) float chunk_[kChunk], other_[kChunk], resident_[kResident], maxima_[kMaxima * kLanes];
+  uint64_t histogram_[1 << digit_bits(kResident)];
 };
 
 // --- a row a lane ---------------------------------------------------------------------------------------------------
