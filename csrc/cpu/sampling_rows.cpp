@@ -24,7 +24,7 @@ constexpr int64_t kResident = 16384;         // ids of a row that filters keep a
 constexpr int64_t kMaxima = 1024;  // chunks whose largest logits, a lane each, bound the k-th of the row
 
 // Of the digits of a threshold's search: the shorter the row, the fewer sums are worth clearing.
-constexpr int digit_bits(int64_t vocab) { return vocab <= 128 ? 5 : vocab <= 1024 ? 8 : 11; }
+constexpr int digit_bits(int64_t ids) { return ids <= 128 ? 5 : ids <= 4096 ? 8 : 11; }
 
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
 
@@ -177,10 +177,10 @@ class Along {
       const auto part = [&](int64_t c) {
         return Part{maxima_ + c * kChunk, least<int64_t>(maxima - c * kChunk, kChunk)};
       };
-      if (maxima >= rules_.top_k) limit = search<false>(limit, (maxima + kChunk - 1) / kChunk, part);
-      limit = search<false>(limit, chunks_, row);
+      if (maxima >= rules_.top_k) limit = search<false>(limit, maxima, part);
+      limit = search<false>(limit, args_.shape.vocab, row);
     }
-    if (rules_.top_p < 1.0) limit = search<true>(limit, chunks_, row);
+    if (rules_.top_p < 1.0) limit = search<true>(limit, args_.shape.vocab, row);
     std::memcpy(&limit_, &limit, sizeof limit_);
     limit_ = least(limit_, rules_.min_p_drop);
   }
@@ -190,14 +190,14 @@ class Along {
     int64_t width;  // a multiple of kLanes
   };
 
-  // The threshold of top-p (kMass) or top-k among the drops up to a limit in `parts` parts.
+  // The threshold of top-p (kMass) or top-k among the drops up to a limit, of `ids` ids in parts of kChunk.
   template <bool kMass, class PartOf>
-  uint32_t search(uint32_t limit, int64_t parts, const PartOf& part) {
-    DropSearch search(static_cast<uint64_t>(rules_.top_k), digit_bits(args_.shape.vocab));
+  uint32_t search(uint32_t limit, int64_t ids, const PartOf& part) {
+    DropSearch search(static_cast<uint64_t>(rules_.top_k), digit_bits(ids));
     const size_t bins = size_t{1} << search.digit_bits;
     for (bool first = true; !search.done; first = false) {
       std::memset(histogram_, 0, bins * sizeof *histogram_);
-      for (int64_t i = 0; i < parts; ++i) count<kMass>(part(i), search, limit);
+      for (int64_t i = 0; i * kChunk < ids; ++i) count<kMass>(part(i), search, limit);
       if (kMass && first) {
         uint64_t total = 0;
         for (size_t i = 0; i < bins; ++i) total += histogram_[i];
