@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 CONFIG ?= configs/digits.yaml
 ARGS ?=
 
+# CUDA kernels take minutes to compile: only where there is a GPU.
+export DIMO_EXT_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
+
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
 CXX_SOURCES := $(shell find csrc tests/cuda_on_cpu -type f -name '*.*')

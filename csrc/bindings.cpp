@@ -388,6 +388,105 @@ void define_masked_cross_entropy(py::module_& m) {
 #endif
 }
 
+SampleCategoricalArgs sample_categorical_args(const std::vector<int64_t>& sizes,
+                                              const std::array<std::optional<LogitsArgument>, 2>& logits,
+                                              const std::tuple<double, Address, int64_t>& guidance,
+                                              const std::tuple<Address, int64_t>& key, double temperature,
+                                              const std::tuple<int64_t, double, double>& filters, Address tokens,
+                                              Address log_prob) {
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {shape,
+          logit_rows(logits[0], dims),
+          logit_rows(logits[1], dims),
+          static_cast<float>(std::get<0>(guidance)),
+          pointer<const float>(std::get<1>(guidance)),
+          std::get<2>(guidance),
+          pointer<const int64_t>(std::get<0>(key)),
+          std::get<1>(key),
+          temperature,
+          std::get<0>(filters),
+          std::get<1>(filters),
+          std::get<2>(filters),
+          pointer<int64_t>(tokens),
+          pointer<float>(log_prob)};
+}
+
+void define_sample_categorical(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_sample_categorical",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::tuple<Address, int64_t>& key,
+         double temperature, const std::tuple<int64_t, double, double>& filters, Address tokens, Address log_prob,
+         int num_threads) {
+        cpu::sample_categorical(
+            sample_categorical_args(sizes, logits, guidance, key, temperature, filters, tokens, log_prob), num_threads);
+      },
+      arg("sizes"), arg("logits"), arg("guidance"), arg("key"), arg("temperature"), arg("filters"), arg("tokens"),
+      arg("log_prob"), arg("num_threads"), no_gil,
+      "logits: conditional, unconditional; guidance: scale, scales, rows a sample; key: address, stride; filters: "
+      "top_k, top_p, min_p.");
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_sample_categorical",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits,
+         const std::tuple<double, Address, int64_t>& guidance, const std::tuple<Address, int64_t>& key,
+         double temperature, const std::tuple<int64_t, double, double>& filters, Address tokens, Address log_prob,
+         int device_index, Address stream) {
+        on_device(device_index, stream, "sample_categorical", &cuda::sample_categorical,
+                  sample_categorical_args(sizes, logits, guidance, key, temperature, filters, tokens, log_prob));
+      },
+      arg("sizes"), arg("logits"), arg("guidance"), arg("key"), arg("temperature"), arg("filters"), arg("tokens"),
+      arg("log_prob"), arg("device_index"), arg("stream"), no_gil);
+#endif
+}
+
+PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
+                                              const std::array<std::optional<LogitsArgument>, 2>& embeddings,
+                                              int64_t rows_per_sample, const std::tuple<Address, int64_t>& key,
+                                              double sigma, Address scale) {
+  check_length("perturb_embeddings", sizes.empty() ? 0 : sizes.back());
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {shape,
+          logit_rows(embeddings[0], dims),
+          logit_rows(embeddings[1], dims),
+          rows_per_sample,
+          pointer<const int64_t>(std::get<0>(key)),
+          std::get<1>(key),
+          sigma,
+          pointer<const float>(scale)};
+}
+
+void define_perturb_embeddings(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_perturb_embeddings",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& embeddings,
+         int64_t rows_per_sample, const std::tuple<Address, int64_t>& key, double sigma, Address scale,
+         int num_threads) {
+        cpu::perturb_embeddings(perturb_embeddings_args(sizes, embeddings, rows_per_sample, key, sigma, scale),
+                                num_threads);
+      },
+      arg("sizes"), arg("embeddings"), arg("rows_per_sample"), arg("key"), arg("sigma"), arg("scale"),
+      arg("num_threads"), no_gil, "embeddings: read, written; key: address, stride.");
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_perturb_embeddings",
+      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& embeddings,
+         int64_t rows_per_sample, const std::tuple<Address, int64_t>& key, double sigma, Address scale,
+         int device_index, Address stream) {
+        on_device(device_index, stream, "perturb_embeddings", &cuda::perturb_embeddings,
+                  perturb_embeddings_args(sizes, embeddings, rows_per_sample, key, sigma, scale));
+      },
+      arg("sizes"), arg("embeddings"), arg("rows_per_sample"), arg("key"), arg("sigma"), arg("scale"),
+      arg("device_index"), arg("stream"), no_gil);
+#endif
+}
+
 void define_init_tokens(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -427,6 +526,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_scale_gradient(m);
 #endif
   dimo::define_masked_cross_entropy(m);
+  dimo::define_sample_categorical(m);
+  dimo::define_perturb_embeddings(m);
   dimo::define_mask_tokens(m);
   dimo::define_init_tokens(m);
 }

@@ -121,6 +121,37 @@ struct CrossEntropyArgs {
 
 constexpr int64_t kCrossEntropyWorkspace = 257;
 
+// Draws one id a row from softmax(logits / temperature): guidance, temperature, top-k, top-p, min-p, then the draw
+// (common/sampling.h). A row without a finite logit, or with NaN or +inf, gives id -1 and log-probability -inf.
+struct SampleCategoricalArgs {
+  RowShape shape;
+  LogitRows logits;
+  LogitRows uncond;       // data null: no guidance
+  float guidance_scale;   // as in TokenDivergenceArgs
+  const float* guidance;  // [samples] or null
+  int64_t rows_per_sample;
+  const int64_t* key;  // (seed, offset), one for all samples or one a sample
+  int64_t key_stride;  // 0 or 2
+  double temperature;  // 0: the lowest of the ids with the largest logit
+  int64_t top_k;       // 0 = all
+  double top_p;        // 1 = all
+  double min_p;        // 0 = all
+  int64_t* tokens;     // [rows]
+  float* log_prob;     // [rows]
+};
+
+// sigma * scale * standard normal + sqrt(1 - sigma^2) * embeddings, rounded once.
+struct PerturbEmbeddingsArgs {
+  RowShape shape;  // the width is its vocab
+  LogitRows embeddings;
+  LogitRows out;
+  int64_t rows_per_sample;
+  const int64_t* key;  // as in SampleCategoricalArgs
+  int64_t key_stride;
+  double sigma;
+  const float* scale;  // one number
+};
+
 namespace cpu {
 
 void fold_in(const FoldInArgs& args);
@@ -128,6 +159,8 @@ void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 void token_divergence(const TokenDivergenceArgs& args, int num_threads);
 void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads);
+void sample_categorical(const SampleCategoricalArgs& args, int num_threads);
+void perturb_embeddings(const PerturbEmbeddingsArgs& args, int num_threads);
 
 }  // namespace cpu
 
@@ -139,6 +172,8 @@ int init_tokens(const InitTokensArgs& args, void* stream);
 int token_divergence(const TokenDivergenceArgs& args, void* stream);
 int scale_gradient(const ScaleGradientArgs& args, void* stream);
 int masked_cross_entropy(const CrossEntropyArgs& args, void* stream);
+int sample_categorical(const SampleCategoricalArgs& args, void* stream);
+int perturb_embeddings(const PerturbEmbeddingsArgs& args, void* stream);
 
 struct Versions {
   int driver;   // newest CUDA version the installed driver supports, 0 without a driver

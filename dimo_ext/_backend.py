@@ -155,6 +155,11 @@ def logit_rows(logits: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]] 
     return None if logits is None else (logits.data_ptr(), _STORAGE[logits.dtype], logits.stride())
 
 
+def key_argument(key: torch.Tensor) -> tuple[int, int]:
+    """A contiguous key as launchers take it: address, and how far apart the keys of two samples are."""
+    return key.data_ptr(), 0 if key.dim() == 1 else 2
+
+
 def rows_per_sample(logits: torch.Tensor) -> int:
     """How many rows of logits ``[B, ..., V]`` a sample has, at least 1."""
     return max(math.prod(logits.shape[1:-1]), 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import refuse_forward_mode
-from ._backend import native_kernel
+from ._backend import MAX_DIMS, key_argument, logit_rows, native_kernel, placement, rows_per_sample
 from ._checks import check_logits, check_number, check_tensor, require
 from .random import resolve_key
 
@@ -17,9 +17,17 @@ _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define("perturb_embeddings(Tensor embeddings, Tensor key, float sigma, Tensor scale) -> Tensor")
 
 
-def _perturb_embeddings(embeddings: Tensor, *args) -> Tensor:
-    native_kernel("perturb_embeddings", embeddings.device)  # under "native": raises while there is no kernel
-    return reference.perturb_embeddings(embeddings, *args).contiguous()
+def _perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Tensor) -> Tensor:
+    kernel = native_kernel("perturb_embeddings", embeddings.device)
+    if kernel is None or embeddings.dtype == torch.float64 or embeddings.dim() > MAX_DIMS:
+        return reference.perturb_embeddings(embeddings, key, sigma, scale).contiguous()
+    perturbed = embeddings.new_empty(embeddings.shape)
+    key, scale = key.contiguous(), scale.to(torch.float32)
+    kernel(
+        embeddings.shape, [logit_rows(embeddings), logit_rows(perturbed)], rows_per_sample(embeddings),
+        key_argument(key), sigma, scale.data_ptr(), *placement(embeddings.device),
+    )  # fmt: skip
+    return perturbed
 
 
 def _setup_context(ctx, inputs, output) -> None:

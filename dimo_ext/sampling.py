@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import native_kernel
+from ._backend import MAX_DIMS, address, key_argument, logit_rows, native_kernel, placement, rows_per_sample
 from ._checks import (
     check_guidance,
     check_integer,
@@ -38,9 +38,28 @@ class CategoricalSample(NamedTuple):
     log_prob: Tensor
 
 
-def _sample_categorical(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
-    native_kernel("sample_categorical", logits.device)  # under "native": raises while there is no kernel
-    return reference.sample_categorical(logits, *args)
+_MAX_VOCAB = 2**22  # of the kernels: as many masses of 40 bits fit 64
+
+
+def _sample_categorical(
+    logits: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float,
+    uncond: Tensor | None, guidance_scale: float, guidance_per_sample: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernel = native_kernel("sample_categorical", logits.device)
+    doubles = torch.float64 in (logits.dtype, None if uncond is None else uncond.dtype)
+    if kernel is None or doubles or logits.dim() > MAX_DIMS or logits.shape[-1] > _MAX_VOCAB:
+        return reference.sample_categorical(
+            logits, key, temperature, top_k, top_p, min_p, uncond, guidance_scale, guidance_per_sample
+        )
+    tokens, log_prob = _fake(logits)
+    guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
+    key = key.contiguous()
+    kernel(
+        logits.shape, [logit_rows(logits), logit_rows(uncond)],
+        (guidance_scale, address(guidance), rows_per_sample(logits)), key_argument(key), temperature,
+        (top_k, top_p, min_p), tokens.data_ptr(), log_prob.data_ptr(), *placement(logits.device),
+    )  # fmt: skip
+    return tokens, log_prob
 
 
 def _fake(logits, *_):

@@ -59,12 +59,18 @@ import json, pathlib, sys
 import dimo_ext
 info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
-kernels = ("fold_in", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy")
+kernels = (
+    *("fold_in", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy"),
+    *("sample_categorical", "perturb_embeddings"),
+)
 served = {name: info["operators"][name]["cuda"] for name in kernels}
 sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
 PYTHON
 
-PYTHONSAFEPATH=1 phase tests 240 "$python" -m pytest -q --durations=10 || failed=1
+# With pytest-xdist on several cores; pytest-benchmark warns beside it, and warnings are errors.
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" -p no:benchmark)
+PYTHONSAFEPATH=1 OMP_NUM_THREADS=2 phase tests 300 "$python" -m pytest -q --durations=10 "${parallel[@]}" || failed=1
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
@@ -93,6 +99,12 @@ with dimo_ext.use_backend("native"):
             dimo_ext.masked_cross_entropy(auxiliary, targets, mask, label_smoothing=0.1).backward()
             strided = auxiliary.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
             dimo_ext.masked_cross_entropy(strided, targets, mask, valid_vocab=max(vocab - 1, 1)).backward()
+            key = dimo_ext.random_key([1, 2, 3], device="cuda")
+            guided = {"uncond_logits": teacher.flip(0), "guidance_scale": 2.0}
+            for filters in ({}, {"top_k": min(vocab, 50), "top_p": 0.9}, {"temperature": 0.0}):
+                dimo_ext.sample_categorical(teacher, key=key, **filters)
+                dimo_ext.sample_categorical(teacher, key=key, **guided, **filters)
+            dimo_ext.perturb_embeddings(teacher, 0.3, key=key)
 torch.cuda.synchronize()
 PYTHON
   done

@@ -26,7 +26,7 @@ import dimo_ext as dx
 from dimo_ext import _backend, divergence
 from dimo_ext.divergences import DIVERGENCES
 from tests.calls import with_gradient
-from tests.conftest import LogitsCase, assert_close, assert_gradient, cross
+from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
 
@@ -75,21 +75,26 @@ class Shim:
         call = getattr(self, operator, partial(self, operator))
         return (lambda *arguments: call(*arguments[:-1])), None
 
+    # The nested arguments of the compiled module, one after another.
+
     def token_divergence(self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, *outputs) -> None:
-        """The nested arguments of the compiled module, one after another."""
-        shape = (len(sizes) - 1, np.array(sizes))
-        rows = _flat_rows(logits)
-        self("token_divergence", kind, parameter, *shape, *rows, *guidance, *temperatures, mask, *factor, *outputs)
+        rows = _flat(sizes, logits)
+        self("token_divergence", kind, parameter, *rows, *guidance, *temperatures, mask, *factor, *outputs)
 
     def masked_cross_entropy(self, sizes, logits, targets, mask, valid_vocab, smoothing, factor, *outputs) -> None:
-        shape = (len(sizes) - 1, np.array(sizes))
-        rows = _flat_rows(logits)
-        self("masked_cross_entropy", *shape, *rows, targets, mask, valid_vocab, smoothing, *factor, *outputs)
+        rows = _flat(sizes, logits)
+        self("masked_cross_entropy", *rows, targets, mask, valid_vocab, smoothing, *factor, *outputs)
+
+    def sample_categorical(self, sizes, logits, guidance, key, temperature, filters, *outputs) -> None:
+        self("sample_categorical", *_flat(sizes, logits), *guidance, *key, temperature, *filters, *outputs)
+
+    def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale) -> None:
+        self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale)
 
 
-def _flat_rows(logits: list) -> list:
+def _flat(sizes, logits) -> list:
     rows = [(0, 0, np.zeros(1)) if z is None else (*z[:2], np.array(z[2])) for z in logits]
-    return [argument for row in rows for argument in row]
+    return [len(sizes) - 1, np.array(sizes), *(argument for row in rows for argument in row)]
 
 
 def _as_c(argument):
@@ -302,6 +307,67 @@ def test_cross_entropy_of_a_diverged_row(shim, vocab):
     assert value.isnan().tolist() == [False, True, True, False]
     assert gradient[1:3].eq(0).all()
     assert gradient.isfinite().all()
+
+
+# Part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
+DRAWN = [1, 5, 17, 64, 65, 255, 256, 257, 1024, 1025, 4097]
+FILTERS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "layout", "pattern", "filters", "temperature", "own_keys"),
+    cross(
+        DRAWN, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "padded", "constant"], FILTERS, [0.0, 0.7, 3.0],
+        [False, True],
+    ),
+)  # fmt: skip
+def test_sample_categorical(shim, vocab, dtype, layout, pattern, filters, temperature, own_keys):
+    """Every geometry, dtype, layout, filter and kind of logits, a guidance scale a sample, a row that is none."""
+    shim.order(vocab)
+    logits, uncond = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE)
+    logits[1, 2, vocab // 2], logits[2, 3] = torch.nan, -torch.inf
+    key = dx.random_key([7, 2**64 - 1, 0] if own_keys else -3, 2**33 + 1)
+    options = {k: min(v, vocab) if k == "top_k" else v for k, v in filters.items()} | {"temperature": temperature}
+    scale = torch.tensor([1.0, 1.5, -0.5])
+    assert_same_draws(lambda: dx.sample_categorical(logits, key=key, **options))
+    assert_same_draws(
+        lambda: dx.sample_categorical(logits, uncond_logits=uncond, guidance_scale=scale, key=key, **options)
+    )
+
+
+@pytest.mark.parametrize("vocab", [8192, 8193, 70000])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_sample_from_large_vocabularies(shim, vocab, filters):
+    """More chunks than a block's warps have lanes."""
+    shim.order(vocab)
+    (logits,) = LogitsCase((2,), vocab, torch.bfloat16).build(DEVICE, 1)
+    assert_same_draws(lambda: dx.sample_categorical(logits, key=dx.random_key(vocab), **filters))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("vocab", [17, 300, 4097])
+def test_draws_do_not_depend_on_the_order_of_threads(shim, vocab, order):
+    """The same bits, filtered or not, more rows than a block takes."""
+    (logits,) = LogitsCase((1, 37), vocab).build(DEVICE, 1)
+    draw = partial(dx.sample_categorical, logits, key=dx.random_key(3))
+    shim.order(100)
+    expected = [draw(), draw(top_k=min(vocab, 50), top_p=0.9)]
+    shim.order(order)
+    for actual, known in zip([draw(), draw(top_k=min(vocab, 50), top_p=0.9)], expected, strict=True):
+        assert all(map(torch.equal, actual, known))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 257, 1024])
+def test_perturb_embeddings(shim, width, layout, dtype):
+    """Every dtype and layout, one key and one a sample."""
+    (embeddings,) = LogitsCase((3, 7), width, dtype, layout).build(DEVICE, 1)
+    for key in (dx.random_key(-3, 2**40), dx.random_key([1, 2, 2**63])):
+        actual = dx.perturb_embeddings(embeddings, 0.3, scale=0.7, key=key)
+        with dx.use_backend("reference"):
+            expected = dx.perturb_embeddings(embeddings.double(), 0.3, scale=0.7, key=key)
+        assert_gradient(actual, expected)
 
 
 # --- what the shim promises to do -----------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ LAUNCHERS = {
     "fold_in": (0, 0, 0, 0, 0, 0),
     "mask_tokens": (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, False, 1),
     "init_tokens": (0, 0, 0, 0.5, 0, 0, 0, 1),
+    "sample_categorical": ([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0), 0, 0),
+    "perturb_embeddings": ([1, 5], [None, None], 1, (0, 0), 0.5, 0),
 }
 
 

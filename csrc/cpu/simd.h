@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -27,11 +28,13 @@ using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));  // a comparison gives -1 or 0 a lane
 
 #define DIMO_INLINE inline __attribute__((always_inline))
+#define DIMO_INLINE_LAMBDA __attribute__((always_inline))
 
 // The arithmetic that the functors of common/ are instantiated with.
 struct VecMath {
   using F = Vec;
   using Mask = Int;
+  using Index = Int;
 
   static DIMO_INLINE Vec splat(float x) { return x - Vec{}; }
   static DIMO_INLINE Vec select(Int mask, Vec a, Vec b) { return mask ? a : b; }
@@ -134,6 +137,34 @@ struct VecMath {
   }
   static DIMO_INLINE Vec power_of_two(Int n) { return reinterpret_cast<Vec>((n + 127) << 23); }
 };
+
+template <class T, int kBytes>
+struct Register {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+
+// Combines the lanes of a register to one number.
+template <class V, class Combine>
+DIMO_INLINE auto over_lanes(V x, const Combine& combine) {
+  if constexpr (sizeof(V) == 16) {
+    return combine(combine(x[0], x[2]), combine(x[1], x[3]));
+  } else {
+    typename Register<std::decay_t<decltype(x[0])>, sizeof(V) / 2>::type halves[2];
+    std::memcpy(halves, &x, sizeof x);
+    return over_lanes(combine(halves[0], halves[1]), combine);
+  }
+}
+
+DIMO_INLINE float largest_lane(Vec x) {
+  return over_lanes(x, [](auto a, auto b) DIMO_INLINE_LAMBDA { return a > b ? a : b; });
+}
+template <class V>
+DIMO_INLINE auto sum_of_lanes(V x) {
+  return over_lanes(x, [](auto a, auto b) DIMO_INLINE_LAMBDA { return a + b; });
+}
+DIMO_INLINE bool any_lane(Int mask) {
+  return over_lanes(mask, [](auto a, auto b) DIMO_INLINE_LAMBDA { return a | b; }) != 0;
+}
 
 // --- storage types --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,12 @@
 #include "ops.h"
 
 namespace dimo::cuda {
+
+template <class D>
+int launch_divergence(const TokenDivergenceArgs& args, void* stream);
+
+#if !defined(DIMO_DISPATCH)
+
 namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
@@ -780,8 +786,10 @@ int launch_blocks(const TokenDivergenceArgs& args, void* stream) {
                          stream, call, Rates(args), static_cast<int>(slice));
 }
 
+}  // namespace
+
 template <class D>
-int launch_geometry(const TokenDivergenceArgs& args, void* stream) {
+int launch_divergence(const TokenDivergenceArgs& args, void* stream) {
   if (args.shape.vocab <= 33) return launch_lanes<D, 1, 33>(args, stream);
   if (args.shape.vocab <= 4 * 17) return launch_lanes<D, 4, 17>(args, stream);
   if (args.shape.vocab <= 16 * 17) return launch_lanes<D, 16, 17>(args, stream);
@@ -789,14 +797,22 @@ int launch_geometry(const TokenDivergenceArgs& args, void* stream) {
   return launch_blocks<D, 4>(args, stream);
 }
 
-}  // namespace
+#endif
+
+#if defined(DIMO_DIVERGENCE)
+
+template int launch_divergence<DIMO_DIVERGENCE<ScalarMath>>(const TokenDivergenceArgs& args, void* stream);
+
+#else
 
 int token_divergence(const TokenDivergenceArgs& given, void* stream) {
   if (given.shape.rows == 0) return cudaSuccess;
   TokenDivergenceArgs args = given;
   merge_dims(args.shape, {&args.teacher, &args.uncond, &args.auxiliary, &args.gradient});
   return with_divergence<ScalarMath>(
-      args.kind, [&](auto divergence) { return launch_geometry<typename decltype(divergence)::type>(args, stream); });
+      args.kind, [&](auto divergence) { return launch_divergence<typename decltype(divergence)::type>(args, stream); });
 }
+
+#endif
 
 }  // namespace dimo::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/macros.h"
 
@@ -73,6 +74,30 @@ __device__ inline void copy_async(uint4* to, const void* from) {
 __device__ inline void wait_for_copies() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// The same of the first `bytes` of 16, and in groups: all but the latest kPending groups of a thread's copies are
+// waited for.
+__device__ inline void copy_async(unsigned char* to, const char* from, int bytes) {
+#if defined(__CUDA_ARCH__)
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+  memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+__device__ inline void end_group_of_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kPending>
+__device__ inline void wait_for_groups() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 

@@ -154,6 +154,69 @@ void check_masked_cross_entropy(int64_t vocab) {
   report("masked_cross_entropy", vocab, status, equal);
 }
 
+// Guided rows that are aligned differently, one of them dead, with and without filters; the draws are close to the
+// CPU's, and the ids mostly equal.
+void check_sample_categorical(int64_t vocab, int64_t top_k, double top_p, double temperature) {
+  constexpr int64_t kRows = 6;
+  const int64_t stride = vocab + 1;
+  std::vector<float> logits(static_cast<size_t>(kRows * stride + 1)), uncond = logits;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    logits[i] = 3.0f * std::sin(3.0f * static_cast<float>(i));
+    uncond[i] = std::cos(5.0f * static_cast<float>(i));
+  }
+  logits[static_cast<size_t>(2 * stride)] = NAN;
+  Ints tokens[2] = {Ints(kRows), Ints(kRows)};
+  std::vector<float> log_probs[2] = {std::vector<float>(kRows), std::vector<float>(kRows)};
+  int status = 0;
+  for (const bool on_gpu : {false, true}) {
+    const SampleCategoricalArgs args = {{kRows, vocab, 1, {kRows}},
+                                        rows_of(logits, 0, stride),
+                                        rows_of(uncond, 1, stride),
+                                        0.5f,
+                                        nullptr,
+                                        2,
+                                        kKeys.data(),
+                                        2,
+                                        temperature,
+                                        top_k,
+                                        top_p,
+                                        0.0,
+                                        tokens[on_gpu].data(),
+                                        log_probs[on_gpu].data()};
+    if (on_gpu)
+      status = cuda::sample_categorical(args, nullptr);
+    else
+      cpu::sample_categorical(args, kThreads);
+  }
+  bool equal = true;
+  for (size_t row = 0; row < kRows; ++row)
+    equal = equal && tokens[0][row] == tokens[1][row] &&
+            !(std::abs(log_probs[0][row] - log_probs[1][row]) > 1e-4f);  // both -inf: NaN
+  report("sample_categorical", vocab, status, equal && tokens[0][2] == -1);
+}
+
+void check_perturb_embeddings(int64_t width) {
+  std::vector<float> embeddings(static_cast<size_t>(2 * width), 0.5f), out[2] = {embeddings, embeddings};
+  const float scale = 0.7f;
+  int status = 0;
+  for (const bool on_gpu : {false, true}) {
+    const PerturbEmbeddingsArgs args = {{2, width, 1, {2}},
+                                        rows_of(embeddings, 0, width),
+                                        rows_of(out[on_gpu], 0, width),
+                                        1,
+                                        kKeys.data(),
+                                        2,
+                                        0.6,
+                                        &scale};
+    if (on_gpu)
+      status = cuda::perturb_embeddings(args, nullptr);
+    else
+      cpu::perturb_embeddings(args, kThreads);
+  }
+  const auto near = [](float a, float b) { return std::abs(a - b) <= 1e-5f; };
+  report("perturb_embeddings", width, status, std::equal(out[0].begin(), out[0].end(), out[1].begin(), near));
+}
+
 int run_fault(const char* name) {
   const std::vector<float> in(64, 1.0f);
   std::vector<float> out(64);
@@ -171,6 +234,12 @@ int run_kernels() {
   }
   for (const int64_t vocab : {1, 17, 65, 1025, 2049, 4097}) check_token_divergence(vocab);
   for (const int64_t vocab : {1, 17, 65, 300, 1025, 4097, 13001}) check_masked_cross_entropy(vocab);
+  for (const int64_t vocab : {1, 17, 65, 257, 1025, 4097, 8300}) {
+    check_sample_categorical(vocab, 0, 1.0, 0.9);
+    check_sample_categorical(vocab, std::min<int64_t>(vocab, 20), 0.8, 0.9);
+    check_sample_categorical(vocab, 0, 1.0, 0.0);
+  }
+  for (const int64_t width : {1, 3, 4, 130}) check_perturb_embeddings(width);
   return failures != 0;
 }
 

@@ -228,6 +228,10 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(sin(3.141592653589793 * x));
+  *cosine = static_cast<float>(cos(3.141592653589793 * x));
+}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

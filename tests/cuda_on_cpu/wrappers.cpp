@@ -5,6 +5,13 @@
 
 namespace {
 
+dimo::RowShape row_shape(int64_t dims, const int64_t* sizes) {
+  dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
+  std::copy(sizes, sizes + dims, shape.sizes);
+  for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
+  return shape;
+}
+
 // Strides of every dimension, the vocabulary's last; null for logits that are not given.
 dimo::LogitRows logit_rows(void* data, int64_t dtype, const int64_t* strides, int64_t dims) {
   dimo::LogitRows rows = {data, static_cast<dimo::DType>(dtype), 0, {}};
@@ -12,13 +19,6 @@ dimo::LogitRows logit_rows(void* data, int64_t dtype, const int64_t* strides, in
   std::copy(strides, strides + dims, rows.strides);
   rows.vocab_stride = strides[dims];
   return rows;
-}
-
-dimo::RowShape row_shape(int64_t dims, const int64_t* sizes) {
-  dimo::RowShape shape = {1, sizes[dims], static_cast<int32_t>(dims), {}};
-  std::copy(sizes, sizes + dims, shape.sizes);
-  for (int64_t d = 0; d < dims; ++d) shape.rows *= sizes[d];
-  return shape;
 }
 
 }  // namespace
@@ -85,6 +85,28 @@ int token_divergence(int64_t kind, double parameter, int64_t dims, const int64_t
                                        zeroed,
                                        ticket},
                                       nullptr);
+}
+
+int sample_categorical(int64_t dims, const int64_t* sizes, void* logits, int64_t logits_dtype,
+                       const int64_t* logits_strides, void* uncond, int64_t uncond_dtype, const int64_t* uncond_strides,
+                       double guidance_scale, const float* guidance, int64_t rows_per_sample, const int64_t* key,
+                       int64_t key_stride, double temperature, int64_t top_k, double top_p, double min_p,
+                       int64_t* tokens, float* log_prob) {
+  return dimo::cuda::sample_categorical(
+      {row_shape(dims, sizes), logit_rows(logits, logits_dtype, logits_strides, dims),
+       logit_rows(uncond, uncond_dtype, uncond_strides, dims), static_cast<float>(guidance_scale), guidance,
+       rows_per_sample, key, key_stride, temperature, top_k, top_p, min_p, tokens, log_prob},
+      nullptr);
+}
+
+int perturb_embeddings(int64_t dims, const int64_t* sizes, void* embeddings, int64_t embeddings_dtype,
+                       const int64_t* embeddings_strides, void* out, int64_t out_dtype, const int64_t* out_strides,
+                       int64_t rows_per_sample, const int64_t* key, int64_t key_stride, double sigma,
+                       const float* scale) {
+  return dimo::cuda::perturb_embeddings(
+      {row_shape(dims, sizes), logit_rows(embeddings, embeddings_dtype, embeddings_strides, dims),
+       logit_rows(out, out_dtype, out_strides, dims), rows_per_sample, key, key_stride, sigma, scale},
+      nullptr);
 }
 
 }  // extern "C"

@@ -1,0 +1,408 @@
+// Categorical draws: one launch, no workspace. Every logit is read once, 2 or 4 bytes, and the winner's chunk again
+// from the cache; filters read the row again, from the L2 cache for the most part. Tokens and log-probabilities are all
+// that is written.
+//
+// A row of up to 64 ids belongs to 8 lanes, a longer one to a warp, a long one to a block, whose warps take its chunks
+// in turn while the next ones are on their way into shared memory. One lane keeps the sums of one chunk: 32 chunks at a
+// time then race in parallel. The pick inside the winner goes through its ids in order.
+#include <cstdint>
+#include <type_traits>
+
+#include "common/sampling.h"
+#include "common/scalar_math.h"
+#include "cuda/chunks.h"
+#include "cuda/launch.h"
+#include "ops.h"
+
+namespace dimo::cuda {
+namespace {
+
+constexpr int kShortLanes = 8;
+constexpr int64_t kShortVocab = kShortLanes * kShare;
+constexpr int64_t kWarpVocab = 4096;  // up to here a warp a row
+constexpr int kManyWarps = 8;
+constexpr int kRowsPerBlock = 4;  // where each has a warp
+// Warps that a multiprocessor is to hold, as registers allow without spills.
+constexpr int resident_warps(bool guided) { return guided ? 24 : 32; }
+constexpr int64_t kMostBlocks = 1 << 14;
+constexpr float kOne = 0x1p40f;  // in fixed point
+
+// A filter: ids that lie further than the limit below the top are dropped.
+struct Filter {
+  float top, limit;
+
+  __device__ void apply(float (&z)[kShare]) const {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) z[i] = top - z[i] <= limit ? z[i] : -INFINITY;
+  }
+};
+struct NoFilter {
+  __device__ void apply(float (&)[kShare]) const {}
+};
+
+template <int kLanes>
+__device__ float largest(const Lanes<kLanes>& lanes, const float (&z)[kShare]) {
+  float top = z[0];
+#pragma unroll
+  for (int i = 1; i < kShare; ++i) top = fmaxf(top, z[i]);
+  return lanes.max(top);
+}
+
+__device__ inline float finite(float top) { return ChunkRace<ScalarMath>::finite(top); }
+
+__device__ inline void put(const SampleCategoricalArgs& args, int64_t row, int64_t token, float log_prob) {
+  args.tokens[row] = token;
+  args.log_prob[row] = log_prob;
+}
+
+// Draws among the ids that the lanes hold, `share` neighbours each, by weights in 40-bit fixed point; one lane writes.
+template <int kLanes>
+__device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& args, const DrawRules& rules,
+                     const float (&z)[kShare], int share, uint32_t word1, uint32_t word2, int first, float row_top,
+                     float row_total, int64_t row) {
+  const float top = largest(lanes, z);
+  const auto weight = [&](int i) {
+    return i < share ? static_cast<Wide>(exp2_fast((z[i] - top) * rules.rate) * kOne) : Wide{0};
+  };
+  Wide own = 0;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) own += weight(i);
+  const Wide through = lanes.scan(own), target = pick_target(lanes.from(kLanes - 1, through), word1, word2);
+  Wide before = through - own;
+  if (target < before || target >= through) return;
+  int id = -1;
+  float logit = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    before += weight(i);
+    if (id < 0 && target < before) {
+      id = i;
+      logit = z[i];
+    }
+  }
+  put(args, row, first + lanes.rank * share + id, (logit - row_top) * rules.inverse_temperature - logf(row_total));
+}
+
+// --- up to 64 ids ---------------------------------------------------------------------------------------------------
+
+constexpr int kShortThreads = 128;
+
+template <bool kGuided>
+__global__ __launch_bounds__(kShortThreads, resident_warps(kGuided) * kWarp /
+                                                kShortThreads) void short_rows_kernel(const SampleCategoricalArgs args,
+                                                                                      const DrawRules rules) {
+  const Lanes<kShortLanes> lanes;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (kShortThreads / kShortLanes);
+  const int vocab = static_cast<int>(args.shape.vocab), share = (vocab + kShortLanes - 1) / kShortLanes;
+  const int first = lanes.rank * share, end = first + share < vocab ? first + share : vocab;
+  for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kShortThreads + threadIdx.x) / kShortLanes;
+       row < args.shape.rows; row += step) {
+    const Row<kGuided> source(args, row);
+    const Words4 words = source.stream(row).words(0);
+    float z[kShare];
+    source.load(first, end, z);
+    const float top = largest(lanes, z);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i)
+      if (i < share) sum += exp2_fast((z[i] - finite(top)) * rules.rate);
+    sum = lanes.sum(sum);
+    if (top == -INFINITY || !(sum < INFINITY)) {
+      if (lanes.rank == 0) put(args, row, -1, -INFINITY);
+      continue;
+    }
+    pick(lanes, args, rules, z, share, words.word[1], words.word[2], 0, top, sum, row);
+  }
+}
+
+// --- more ids: kWarps warps a row -----------------------------------------------------------------------------------
+
+// Who has won among some chunks: their top and mass, the winner's score and random words.
+struct Winner {
+  float top, total, score;
+  int32_t chunk;
+  uint32_t word1, word2;
+};
+
+// What the lanes know becomes what all know.
+__device__ inline Winner united(const Lanes<kWarp>& lanes, Winner own, float rate) {
+  Winner all;
+  all.top = lanes.max(own.top);
+  const float shrink = exp2f((own.top - finite(all.top)) * rate);  // 0 for a lane without a chunk
+  all.total = lanes.sum(own.total * shrink);
+  own.score *= shrink;
+  all.score = lanes.max(own.score);
+  const int lane = lanes.first(own.score == all.score || !(all.score >= 0.0f));
+  all.chunk = lanes.from(lane, own.chunk);
+  all.word1 = lanes.from(lane, own.word1);
+  all.word2 = lanes.from(lane, own.word2);
+  return all;
+}
+
+template <int kWarps, bool kGuided, class Filter>
+__device__ Winner run_race(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const Filter& filter, int64_t row,
+                           int warp, unsigned char* slots, float rate) {
+  ChunkRace<ScalarMath> race;
+  uint32_t word1 = 0, word2 = 0;
+  float chunk_top = -INFINITY, chunk_sum = 0.0f;
+  source.template each_chunk<kWarps>(
+      lanes.rank, warp, slots,
+      [&](int, int slot, float (&z)[kShare]) {
+        filter.apply(z);
+        float sum = 0.0f;
+        const float top = largest(lanes, z), usable = finite(top);
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) sum += exp2_fast((z[i] - usable) * rate);
+        sum = lanes.sum(sum);
+        if (lanes.rank == slot) {
+          chunk_top = top;
+          chunk_sum = sum;
+        }
+      },
+      [&](int first) {
+        const int chunk = first + kWarps * lanes.rank;
+        const Words4 words = source.stream(row).words(static_cast<uint32_t>(chunk));
+        if (race.enter(chunk_top, chunk_sum, negative_log(~words.word[0]), chunk, rate)) {
+          word1 = words.word[1];
+          word2 = words.word[2];
+        }
+        chunk_top = -INFINITY;
+        chunk_sum = 0.0f;
+      });
+  return united(lanes, {race.top, race.total, race.best / race.rival, race.chunk, word1, word2}, rate);
+}
+
+// One lane of one warp writes.
+template <bool kGuided, class Filter>
+__device__ void finish(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const Filter& filter,
+                       const DrawRules& rules, const Winner& winner, int64_t row) {
+  if (winner.top == -INFINITY || !(winner.total < INFINITY)) {
+    if (lanes.rank == 0) put(source.args, row, -1, -INFINITY);
+    return;
+  }
+  float z[kShare];
+  const int first = winner.chunk * kChunk;
+  source.load(first + lanes.rank * kShare, source.vocab(), z);
+  filter.apply(z);
+  pick(lanes, source.args, rules, z, kShare, winner.word1, winner.word2, first, winner.top, winner.total, row);
+}
+
+// Bytes of shared memory for the chunks of a warp.
+__host__ __device__ inline int ring_bytes(const SampleCategoricalArgs& args) {
+  return kSlots * (slot_bytes(args.logits) + slot_bytes(args.uncond));
+}
+
+__device__ inline unsigned char* slots_of_warp(const SampleCategoricalArgs& args) {
+  return shared_memory<unsigned char>() + threadIdx.x / kWarp * ring_bytes(args);
+}
+
+template <bool kGuided>
+__global__ __launch_bounds__(kRowsPerBlock* kWarp, resident_warps(kGuided) / kRowsPerBlock) void warp_rows_kernel(
+    const SampleCategoricalArgs args, const DrawRules rules) {
+  const Lanes<kWarp> lanes;
+  unsigned char* const slots = slots_of_warp(args);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; row < args.shape.rows;
+       row += step) {
+    const Row<kGuided> source(args, row);
+    const Winner winner = run_race<1>(lanes, source, NoFilter{}, row, 0, slots, rules.rate);
+    finish(lanes, source, NoFilter{}, rules, winner, row);
+  }
+}
+
+// What the warps of a block tell each other about a row.
+struct Board {
+  Winner winners[2][kManyWarps];  // a warp may be a row ahead of the one that picks
+  float tops[kManyWarps];
+  int ids[kManyWarps];
+  Wide sums[kManyWarps];
+  uint32_t digit;
+  Wide before, weight;
+};
+
+// The first warp picks; the others go on.
+template <int kWarps, bool kGuided, class Filter>
+__device__ void draw(const Row<kGuided>& source, const Filter& filter, const DrawRules& rules, int64_t row,
+                     unsigned char* slots, int parity, Board& board) {
+  const Lanes<kWarp> lanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  Winner winner = run_race<kWarps>(lanes, source, filter, row, warp, slots, rules.rate);
+  if constexpr (kWarps > 1) {
+    if (lanes.rank == 0) board.winners[parity][warp] = winner;
+    __syncthreads();
+    if (warp > 0) return;
+    winner = lanes.rank < kWarps ? board.winners[parity][lanes.rank] : Winner{-INFINITY, 0.0f, 0.0f, 0, 0, 0};
+    winner = united(lanes, winner, rules.rate);
+  }
+  finish(lanes, source, filter, rules, winner, row);
+}
+
+template <bool kGuided>
+__global__ __launch_bounds__(kManyWarps* kWarp, resident_warps(kGuided) /
+                                                    kManyWarps) void block_rows_kernel(const SampleCategoricalArgs args,
+                                                                                       const DrawRules rules) {
+  __shared__ Board board;
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x, parity ^= 1)
+    draw<kManyWarps>(Row<kGuided>(args, row), NoFilter{}, rules, row, slots_of_warp(args), parity, board);
+}
+
+// --- filters and greedy draws ---------------------------------------------------------------------------------------
+
+struct Largest {
+  float top;  // +inf where a logit is no number, or infinite
+  int id;     // the lowest
+};
+
+template <int kWarps, bool kGuided>
+__device__ Largest find_largest(const Row<kGuided>& source, unsigned char* slots, Board& board) {
+  const Lanes<kWarp> lanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  constexpr int kNone = 0x7fffffff;
+  Largest own = {-INFINITY, kNone};
+  source.template each_chunk<kWarps>(
+      lanes.rank, warp, slots,
+      [&](int chunk, int, const float (&z)[kShare]) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i)
+          if (!(z[i] <= own.top)) own = {z[i] < INFINITY ? z[i] : INFINITY, chunk * kChunk + lanes.rank + i * kWarp};
+      },
+      [](int) {});
+  const auto lower = [](int a, int b) { return a < b ? a : b; };
+  Largest all;
+  all.top = lanes.max(own.top);
+  all.id = lanes.reduce(own.top == all.top ? own.id : kNone, lower);
+  if constexpr (kWarps > 1) {
+    __syncthreads();  // the row before has been read
+    if (lanes.rank == 0) {
+      board.tops[warp] = all.top;
+      board.ids[warp] = all.id;
+    }
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) {
+      const float top = board.tops[w];
+      const int id = board.ids[w];
+      if (top > all.top || (top == all.top && id < all.id)) all = {top, id};
+    }
+  }
+  return all;
+}
+
+// Sums over the threads up to each, and over all.
+template <int kWarps>
+__device__ Wide scan_block(Wide own, Board& board, Wide* total) {
+  const Lanes<kWarp> lanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  Wide through = lanes.scan(own);
+  if (lanes.rank == kWarp - 1) board.sums[warp] = through;
+  __syncthreads();
+  *total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) through += *total;
+    *total += board.sums[w];
+  }
+  return through;
+}
+
+// The threshold of top-p (kMass) or top-k among the drops up to a limit, for all threads.
+template <bool kMass, int kWarps, int kBits, bool kGuided>
+__device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& rules, float top, uint32_t limit,
+                                   unsigned char* slots, Wide* histogram, Board& board) {
+  constexpr int kBins = 1 << kBits, kThreads = kWarps * kWarp, kOwnBins = kBins / kThreads;
+  const Lanes<kWarp> lanes;
+  DropSearch search(static_cast<uint64_t>(rules.top_k), kBits);
+  for (bool first = true; !search.done; first = false) {
+    for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
+    __syncthreads();
+    source.template each_chunk<kWarps>(
+        lanes.rank, static_cast<int>(threadIdx.x) / kWarp, slots,
+        [&](int, int, const float (&z)[kShare]) {
+#pragma unroll
+          for (int i = 0; i < kShare; ++i) {
+            const float drop = top - z[i];
+            const uint32_t bits = __float_as_uint(drop);
+            if (bits > limit || !search.candidate(bits)) continue;
+            const Wide weight = kMass ? static_cast<Wide>(exp2_fast(-drop * rules.rate) * kOne) : 1;
+            if (weight != 0) atomicAdd(&histogram[search.digit(bits)], weight);
+          }
+        },
+        [](int) {});
+    __syncthreads();
+    const int begin = static_cast<int>(threadIdx.x) * kOwnBins;
+    Wide own = 0, total;
+    for (int i = 0; i < kOwnBins; ++i) own += histogram[begin + i];
+    const Wide through = scan_block<kWarps>(own, board, &total);
+    if (kMass && first) search.needed = needed_mass(rules.top_p, total);
+    Wide before = through - own;
+    if (before < search.needed && search.needed <= through) {
+      int digit = begin;
+      for (; before + histogram[digit] < search.needed; ++digit) before += histogram[digit];
+      board.digit = static_cast<uint32_t>(digit);
+      board.before = before;
+      board.weight = histogram[digit];
+    }
+    __syncthreads();
+    search.descend(board.digit, board.before, board.weight);
+  }
+  return search.bound() < limit ? search.bound() : limit;
+}
+
+template <int kWarps, int kBits, bool kGuided>
+__global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
+                                                kWarps) void filtered_rows_kernel(const SampleCategoricalArgs args,
+                                                                                  const DrawRules rules) {
+  __shared__ Board board;
+  __shared__ Wide histogram[1 << kBits];
+  unsigned char* const slots = slots_of_warp(args);
+  int parity = 0;
+  for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x, parity ^= 1) {
+    const Row<kGuided> source(args, row);
+    const Largest largest = find_largest<kWarps>(source, slots, board);
+    const bool dead = !(fabsf(largest.top) < INFINITY);
+    if (dead || rules.greedy) {
+      if (threadIdx.x == 0) put(args, row, dead ? -1 : largest.id, dead ? -INFINITY : 0.0f);
+      continue;
+    }
+    const float top = largest.top;
+    uint32_t limit = 0x7f800000;
+    if (rules.top_k > 0)
+      limit = find_threshold<false, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
+    if (rules.top_p < 1.0)
+      limit = find_threshold<true, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
+    const Filter filter = {top, fminf(__uint_as_float(limit), rules.min_p_drop)};
+    draw<kWarps>(source, filter, rules, row, slots, parity, board);
+  }
+}
+
+template <class Kernel>
+int launch_rows(Kernel kernel, int64_t rows_per_block, int threads, const SampleCategoricalArgs& args,
+                const DrawRules& rules, void* stream) {
+  const int64_t blocks = (args.shape.rows + rows_per_block - 1) / rows_per_block;
+  const dim3 grid(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
+  const auto shared_bytes = static_cast<size_t>(threads / kWarp * ring_bytes(args));
+  return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args, rules);
+}
+
+template <bool kGuided>
+int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
+  const DrawRules rules(args);
+  const int64_t vocab = args.shape.vocab;
+  if (rules.greedy || rules.filtered) {
+    if (vocab <= 4 * kChunk) return launch_rows(filtered_rows_kernel<1, 8, kGuided>, 1, kWarp, args, rules, stream);
+    return launch_rows(filtered_rows_kernel<kManyWarps, 11, kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
+  }
+  if (vocab <= kShortVocab)
+    return launch_rows(short_rows_kernel<kGuided>, kShortThreads / kShortLanes, kShortThreads, args, rules, stream);
+  if (vocab <= kWarpVocab)
+    return launch_rows(warp_rows_kernel<kGuided>, kRowsPerBlock, kRowsPerBlock * kWarp, args, rules, stream);
+  return launch_rows(block_rows_kernel<kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
+}
+
+}  // namespace
+
+int sample_categorical(const SampleCategoricalArgs& args, void* stream) {
+  if (args.shape.rows == 0) return cudaSuccess;
+  return args.uncond.data != nullptr ? launch_geometry<true>(args, stream) : launch_geometry<false>(args, stream);
+}
+
+}  // namespace dimo::cuda
