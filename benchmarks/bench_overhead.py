@@ -45,7 +45,7 @@ def candidates(device: torch.device) -> dict[str, Candidate]:
 def main() -> None:
     """Measure, print the table, write the CSV."""
     options = arguments(__doc__)
-    timings = time_interleaved(candidates(options.device), options.device, seconds=options.seconds * 5)
+    timings = time_interleaved(candidates(options.device), options.device, seconds=options.seconds * 5, host=True)
     ceiling = copy_bandwidth(options.device)
     rows = result_rows({"op": "overhead", "batch": B, "length": L}, timings, 0, ceiling)
     report(rows, options.device, ceiling, options.out)

@@ -2,8 +2,8 @@
 
 Candidates are timed interleaved, one call of each in turn, so that a drift of the machine meets all of them alike and
 each finds the caches as the others left them. On a GPU the L2 cache is emptied before each call, and the time between
-two CUDA events counts: the emptying keeps the GPU busy while the host prepares the call, so host time shows only where
-a candidate needs more of it than that.
+two CUDA events counts: the GPU is kept busy until the host has prepared the call, so that this is the GPU's time alone.
+bench_overhead.py measures the host's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import dimo_ext
 
 FLUSH_BYTES = 256 << 20  # several times any L2
+BUSY_CYCLES = 3_000_000  # of the GPU's clock, more than a millisecond
 CPU_SAMPLE_SECONDS = 2e-4  # faster calls are repeated inside one sample
 
 Candidate = Callable[[], object]
@@ -46,11 +47,15 @@ class Timing:
 
 
 def time_interleaved(
-    candidates: dict[str, Candidate], device: torch.device, *, seconds: float = 1.0, max_rounds: int = 200
-) -> dict[str, Timing]:
-    """Time each candidate in turn for about ``seconds`` in all, at least 5 rounds after a warm-up."""
+    candidates: dict[str, Candidate], device: torch.device, *, seconds: float = 1.0, max_rounds: int = 200,
+    host: bool = False,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time each candidate in turn for about ``seconds`` in all, at least 5 rounds after a warm-up.
+
+    ``host`` measures on a GPU what a call costs the host, which does not wait for it.
+    """
     peaks = {name: _warm_up(call, device) for name, call in candidates.items()}
-    sample = _gpu_sampler(device) if device.type == "cuda" else _cpu_sampler(candidates)
+    sample = _gpu_sampler(device) if device.type == "cuda" and not host else _cpu_sampler(candidates)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     deadline = time.perf_counter() + seconds
     for done in range(max_rounds):
@@ -152,6 +157,7 @@ def _gpu_sampler(device: torch.device) -> Callable[[str, Candidate], float]:
     def sample(_: str, call: Candidate) -> float:
         with torch.cuda.device(device):
             flush.zero_()
+            torch.cuda._sleep(BUSY_CYCLES)
             begin.record()
             call()
             end.record()

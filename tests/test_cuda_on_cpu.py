@@ -6,6 +6,7 @@ tests/cuda_on_cpu/cuda_runtime_api.h says how. Sanitizers run under `make saniti
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
 import re
@@ -50,7 +51,10 @@ HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
 def built(target: str) -> Path:
     """The shared library, or a program; compiled anew where a source has changed."""
     command = ["make", "-s", "-f", "tests/cuda_on_cpu/Makefile", f"-j{os.cpu_count()}", f"CXX={COMPILER}", target]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "cuda_on_cpu.lock").open("w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "build" / "cuda_on_cpu" / target
 

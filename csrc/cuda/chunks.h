@@ -90,7 +90,9 @@ struct Line {
 #pragma unroll 1
     for (int at = lane * kCell; at <= kChunk * bytes; at += kWarp * kCell) {
       const int begin = chunk * kChunk * bytes + at, left = misaligned + vocab * bytes - begin;
-      if (left > 0) copy_async(slot + at, aligned + begin, left < kCell ? left : kCell);
+      if (left >= kCell) copy_async(reinterpret_cast<uint4*>(slot + at), aligned + begin);
+      for (int i = 0; i < left && left < kCell; i += 2)  // the row's last cell
+        *reinterpret_cast<unsigned short*>(slot + at + i) = static_cast<unsigned short>(load_16_bits(aligned + begin + i));
     }
   }
 

@@ -32,6 +32,21 @@ __device__ int target_of(const CrossEntropyArgs& args, int64_t row) {
   return static_cast<int>(args.targets[row]);
 }
 
+// The same, loaded early and looked at late, so that nothing waits for memory.
+struct EarlyTarget {
+  unsigned mask = 0;
+  unsigned long long id = 0;
+
+  __device__ EarlyTarget(const CrossEntropyArgs& args, int64_t row) {
+    if (row >= args.shape.rows) return;
+    mask = args.mask != nullptr ? load_8_bits(args.mask + row) : 1;
+    id = load_64_bits(args.targets + row);
+  }
+  __device__ int value(const CrossEntropyArgs& args) const {
+    return mask != 0 && id < static_cast<unsigned long long>(args.valid_vocab) ? static_cast<int>(id) : -1;
+  }
+};
+
 template <class T>
 __device__ T* at(const LogitRows& logits, int64_t element) {
   return static_cast<T*>(logits.data) + element;
@@ -290,7 +305,7 @@ class Block {
     float part = 0.0f;
     Sent sent = fetch(row, target, 0);
     for (int odd = 0; row < args_.shape.rows; row += step, odd ^= 1) {
-      const int later_target = target_of(args_, row + 2 * step);
+      const EarlyTarget later(args_, row + 2 * step);
       wait_for_copies();
       const Sent next = fetch(row + step, next_target, odd ^ 1);
       float value = 0.0f;
@@ -304,7 +319,7 @@ class Block {
       }
       sent = next;
       target = next_target;
-      next_target = later_target;
+      next_target = later.value(args_);
     }
     if (cluster_size() > 1) cluster_sync();  // no block leaves while others write to its shared memory
     return part;
@@ -316,14 +331,14 @@ class Block {
   // What is known of a row beside its packs.
   struct Sent {
     Split split{0, 0, 0, 0};
-    float single = 0.0f, target_logit = 0.0f;
+    unsigned single = 0, target_logit = 0;  // bits
   };
 
   __device__ Sent fetch(int64_t row, int target, int odd) const {
     Sent sent;
     if (target < 0) return sent;  // also behind the last row
     const int64_t offset = row_offset(args_.shape, args_.logits, row);
-    sent.target_logit = to_float(*at<const T>(args_.logits, offset + target));
+    sent.target_logit = load_bits(at<const T>(args_.logits, offset + target));
     const T* const first = at<const T>(args_.logits, offset + begin_);
     const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(first) / sizeof(T) % kPack);
     sent.split = Split(size_, misaligned, threads_, 1 << 16);
@@ -332,7 +347,7 @@ class Block {
 #pragma unroll
       for (int c = 0; c < kCells; ++c) copy_async(cells_ + odd * half_ + cell + c, from + cell + c);
     const int single = sent.split.single(rank_);
-    if (single < size_) sent.single = to_float(first[single]);
+    if (single < size_) sent.single = load_bits(first + single);
     return sent;
   }
 
@@ -350,27 +365,28 @@ class Block {
   // How many gradients were written.
   __device__ int work(int64_t row, int target, const Sent& sent, const uint4* cells, float& value) {
     const bool single = sent.split.single(rank_) < size_;
+    const float single_logit = from_bits<T>(sent.single), target_logit = from_bits<T>(sent.target_logit);
     Statistics s;
-    if (single) s.top = fmaxf(s.top, sent.single);
+    if (single) s.top = fmaxf(s.top, single_logit);
     each_pack(sent, cells, [&](int, const float (&z)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) s.top = fmaxf(s.top, z[i]);
     });
     s.top = fold_lanes<kWarp>(Fold::max, s.top);
-    if (single) s.sum = s.weight(sent.single);
+    if (single) s.sum = s.weight(single_logit);
     each_pack(sent, cells, [&](int, const float (&z)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) s.sum += s.weight(z[i]);
     });
     if (args_.label_smoothing > 0.0f) {
-      if (single) s.distance = sent.single - sent.target_logit;
+      if (single) s.distance = single_logit - target_logit;
       each_pack(sent, cells, [&](int, const float (&z)[kPack]) {
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) s.distance += z[i] - sent.target_logit;
+        for (int i = 0; i < kPack; ++i) s.distance += z[i] - target_logit;
       });
     }
     agree(s, team_);
-    const Row result(args_, s, sent.target_logit, factor_);
+    const Row result(args_, s, target_logit, factor_);
     value = result.value();
     if (args_.gradient.data == nullptr || result.lost()) return 0;
     write(row, target, sent, cells, result);
@@ -395,7 +411,7 @@ class Block {
       }
     });
     const int single = split.single(rank_), own = target - begin_, pack = (own - split.head) / kPack;
-    if (single < size_) *at<T>(to, first + single * to.vocab_stride) = from_float<T>(result.gradient(sent.single));
+    if (single < size_) *at<T>(to, first + single * to.vocab_stride) = from_float<T>(result.gradient(from_bits<T>(sent.single)));
     // The thread that wrote the target's gradient writes it once more.
     const bool in_pack = own >= split.head && pack < split.packs;
     if (own >= 0 && own < size_ && (in_pack ? pack % threads_ == rank_ : single == own))

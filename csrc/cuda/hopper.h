@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "common/macros.h"
 
@@ -42,6 +41,15 @@ __device__ inline unsigned load_32_bits(const void* from) {
   return *static_cast<const unsigned*>(from);
 #endif
 }
+__device__ inline unsigned long long load_64_bits(const void* from) {
+#if defined(__CUDA_ARCH__)
+  unsigned long long bits;
+  asm volatile("ld.global.b64 %0, [%1];" : "=l"(bits) : "l"(from));
+  return bits;
+#else
+  return *static_cast<const unsigned long long*>(from);
+#endif
+}
 __device__ inline unsigned load_16_bits(const void* from) {
 #if defined(__CUDA_ARCH__)
   unsigned bits;
@@ -77,17 +85,7 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// The same of the first `bytes` of 16, and in groups: all but the latest kPending groups of a thread's copies are
-// waited for.
-__device__ inline void copy_async(unsigned char* to, const char* from, int bytes) {
-#if defined(__CUDA_ARCH__)
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
-#else
-  memcpy(to, from, static_cast<size_t>(bytes));
-#endif
-}
-
+// The same in groups: all but the latest kPending groups of a thread's copies are waited for.
 __device__ inline void end_group_of_copies() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -79,13 +79,21 @@ __device__ inline unsigned load_bits(const LogitRows& logits, int64_t element) {
   return logits.dtype == DType::float32 ? load_32_bits(from) : load_16_bits(from);
 }
 
+template <class T>
+__device__ inline unsigned load_bits(const T* from) {
+  return sizeof(T) == 4 ? load_32_bits(from) : load_16_bits(from);
+}
+
+template <class T>
+__device__ inline float from_bits(unsigned bits) {
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return to_float(value);
+}
+
 __device__ inline float from_bits(DType dtype, unsigned bits) {
   float x = 0.0f;
-  with_type(dtype, [&](auto* type) {
-    std::remove_pointer_t<decltype(type)> value;
-    memcpy(&value, &bits, sizeof value);
-    x = to_float(value);
-  });
+  with_type(dtype, [&](auto* type) { x = from_bits<std::remove_pointer_t<decltype(type)>>(bits); });
   return x;
 }
 
