@@ -92,6 +92,8 @@ def main() -> None:
     ceiling, rows = copy_bandwidth(args.device), []
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
         for count, vocab, share in GPU_CASES if on_gpu else CPU_CASES:
+            if args.vocab and vocab not in args.vocab:
+                continue
             generator = torch.Generator(args.device).manual_seed(0)
             *logits, draws = (
                 *(torch.randn(count, vocab, generator=generator, device=args.device).to(dtype) for _ in range(3)),

@@ -134,6 +134,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device(default), help="where to run")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on one case")
+    parser.add_argument("--vocab", type=int, nargs="*", help="these vocabularies alone, where there are several")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser.parse_args()
 

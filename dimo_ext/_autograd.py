@@ -95,7 +95,8 @@ class _Scale(torch.autograd.Function):
             return gradient.clone() if _is_kept() else gradient
         if backend != "reference" and _is_plain(gradient, upstream, factor):
             kernel = compiled_function("scale_gradient", gradient.device)
-            if kernel is not None and upstream.dtype == torch.float32 and gradient.dim() <= MAX_DIMS:
+            single = torch.float64 not in (gradient.dtype, upstream.dtype)
+            if kernel is not None and single and gradient.dim() <= MAX_DIMS:
                 return _scale_on_device(kernel, gradient, upstream, factor)
         upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
         upstream = upstream if factor is None else upstream * factor
@@ -109,8 +110,10 @@ class _Scale(torch.autograd.Function):
 
 
 def _scale_on_device(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
-    """Gradient × upstream × factor in the gradient's own memory, unless a retained graph needs it again."""
-    to = torch.empty_like(gradient) if _is_kept() else gradient
+    """Gradient × upstream × factor in the gradient's own memory, unless someone needs it as it is."""
+    # Three references: the graph's, this one, and the handle that asks. Who called the bare operator has another.
+    shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 3
+    to = torch.empty_like(gradient) if shared or _is_kept() else gradient
     upstream, factor = (None if t is None else t.contiguous() for t in (upstream, factor))
     kernel(
         gradient.shape, logit_rows(gradient), logit_rows(to), upstream.data_ptr(), min(upstream.dim(), 1),

@@ -62,7 +62,7 @@ def test_the_loss_allocates_a_gradient_a_network(dtype, divergence):
     student, teacher, auxiliary = (Table(seed, dtype) for seed in range(3))
     method = MethodConfig(divergence=divergence, guidance_scale=2.0, embedding_noise=0.0, label_smoothing=0.1)
     condition, key = torch.zeros(BATCH, dtype=torch.int64), dimo_ext.random_key(1)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True, record_shapes=True) as prof:
         losses = student_loss(student, teacher, auxiliary, condition, method, key)
         with torch.profiler.record_function("backward"):
             losses.loss.backward()

@@ -92,7 +92,7 @@ def test_a_step_that_fails_leaves_no_clock_behind():
 @pytest.mark.parametrize(("kind", "names"), [("distill", DISTILLATION), ("pretrain", PRETRAINING)])
 def test_a_profile_shows_the_phases_in_order(kind, names, tmp_path):
     trainer, _ = make(kind, tmp_path)
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         trainer.step(0)
     ranges = sorted((e for e in trace.events() if e.name.startswith("dimo: ")), key=lambda e: e.time_range.start)
     assert [event.name.removeprefix("dimo: ") for event in ranges] == names

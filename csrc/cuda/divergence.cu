@@ -270,11 +270,11 @@ class FastRow {
       const float weight_q = exp2_fast((z_q[s] - top_q) * rates.base_2_q);
       sum_p += exp2_fast((z_p[s] - top_p) * rates.base_2_p);
       sum_q += weight_q;
-      if constexpr (Divergence::kPullFromMean) moment += weight_q * (z_p[s] - z_q[s]);
+      moment += weight_q * (z_p[s] - z_q[s]);  // not finite where a logit is not
     });
     sum_p = fold_lanes<kFirst>(Fold::sum, sum_p);
     sum_q = fold_lanes<kFirst>(Fold::sum, sum_q);
-    if constexpr (Divergence::kPullFromMean) moment = fold_lanes<kFirst>(Fold::sum, moment);
+    moment = fold_lanes<kFirst>(Fold::sum, moment);
     if constexpr (kLanes == 0) {
       if (team.entries() > 1) {
         const float* board = team.share({top_p, top_q, sum_p, sum_q, moment});
@@ -307,7 +307,7 @@ class FastRow {
     const float gap = (top_p - top_q) * rates.q;
     a_.shift = gap + (a_.log2_sum_p - a_.log2_sum_q) * kLn2;
     a_.mean_x = __fdividef(moment, sum_q) * rates.q - a_.shift;
-    return fabsf(gap) < kNearTops;
+    return fabsf(gap) < kNearTops && fabsf(moment) < kInfinity;
   }
 
   // Calls take(slot, gradient); whether the row was ordinary and its value.
