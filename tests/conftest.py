@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dimo_ext as dx
+from dimo_ext._backend import _core
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 _SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -297,3 +298,12 @@ BAD_KEYS = [
     (torch.zeros((), dtype=torch.int64), "[2] or [2, 2]", "[]"),
     (torch.zeros(2, dtype=torch.int64, device=META), "a tensor on", "meta"),
 ]
+
+
+@pytest.fixture(params=[] if _core is None else _core.cpu_isas())
+def isa(request):
+    """Every instruction set of the CPU that this machine runs; skipped without the compiled module."""
+    before = _core.cpu_isa()
+    _core.choose_cpu_isa(request.param)
+    yield request.param
+    _core.choose_cpu_isa(before)

@@ -12,20 +12,11 @@ import dimo_ext as dx
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, cross
 
-core = pytest.importorskip("dimo_ext._core")
+pytest.importorskip("dimo_ext._core")
 
 CPU = torch.device("cpu")
 HALF_TYPES = [torch.float16, torch.bfloat16]
 SMOOTHINGS = [0.0, 0.1]
-
-
-@pytest.fixture(params=core.cpu_isas())
-def isa(request):
-    """Every instruction set that this machine runs."""
-    before = core.cpu_isa()
-    core.choose_cpu_isa(request.param)
-    yield request.param
-    core.choose_cpu_isa(before)
 
 
 def problem(case: LogitsCase) -> tuple[Tensor, Tensor, Tensor]:

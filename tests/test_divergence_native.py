@@ -21,15 +21,6 @@ DIVERGENCES = [
 HALF_TYPES = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=core.cpu_isas())
-def isa(request):
-    """Every instruction set that this machine runs."""
-    before = core.cpu_isa()
-    core.choose_cpu_isa(request.param)
-    yield request.param
-    core.choose_cpu_isa(before)
-
-
 def divergence_and_gradient(teacher: Tensor, auxiliary: Tensor, divergence, **options) -> tuple[Tensor, Tensor]:
     auxiliary = auxiliary.detach().requires_grad_()
     value = dx.token_divergence(teacher, auxiliary, divergence, **options)

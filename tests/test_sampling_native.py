@@ -12,7 +12,7 @@ from torch import Tensor
 import dimo_ext as dx
 from tests.conftest import TOLERANCES, LogitsCase, assert_close, assert_same_draws, cross
 
-core = pytest.importorskip("dimo_ext._core")
+pytest.importorskip("dimo_ext._core")
 
 CPU = torch.device("cpu")
 # Rows across and along the lanes of every set, full and partial chunks, more chunks than lanes, rows that filters keep.
@@ -20,15 +20,6 @@ VOCABULARIES = [1, 2, 15, 17, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 511,
 STORED = [torch.float32, torch.float16, torch.bfloat16]
 FILTERS = [{}, {"top_k": 1}, {"top_k": 50}, {"top_p": 0.5}, {"top_p": 0.99}, {"min_p": 0.05},
            {"top_k": 30, "top_p": 0.8, "min_p": 0.01}]  # fmt: skip
-
-
-@pytest.fixture(params=core.cpu_isas())
-def isa(request):
-    """Every instruction set that this machine runs."""
-    before = core.cpu_isa()
-    core.choose_cpu_isa(request.param)
-    yield request.param
-    core.choose_cpu_isa(before)
 
 
 def draw_of(logits: Tensor, key: Tensor, **options) -> Callable[[], dx.CategoricalSample]:
