@@ -55,8 +55,8 @@ def _token_divergence(
         )  # fmt: skip
     gradient = torch.empty_like(receiver) if need_gradient else receiver.new_empty(0)
     value = teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
-    zeroed = torch.zeros((), dtype=torch.int64, device=teacher.device)
-    ticket = None if mask is None or not teacher.is_cuda else torch.zeros((), dtype=torch.int32, device=teacher.device)
+    counters = torch.zeros(2, dtype=torch.int64, device=teacher.device)  # of zeroed rows, of rows that were handed out
+    zeroed, ticket = counters[0], None if mask is None or not teacher.is_cuda else counters[1]
     mask, factor = (None if t is None else t.contiguous() for t in (mask, factor))
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
