@@ -92,7 +92,8 @@ struct Line {
       const int begin = chunk * kChunk * bytes + at, left = misaligned + vocab * bytes - begin;
       if (left >= kCell) copy_async(reinterpret_cast<uint4*>(slot + at), aligned + begin);
       for (int i = 0; i < left && left < kCell; i += 2)  // the row's last cell
-        *reinterpret_cast<unsigned short*>(slot + at + i) = static_cast<unsigned short>(load_16_bits(aligned + begin + i));
+        *reinterpret_cast<unsigned short*>(slot + at + i) =
+            static_cast<unsigned short>(load_16_bits(aligned + begin + i));
     }
   }
 

@@ -62,11 +62,20 @@ int launch_blocks(const TokenDivergenceArgs& args, void* stream) {
                          stream, call, Rates(args), static_cast<int>(slice));
 }
 
+template <class Divergence>
+int launch_columns(const TokenDivergenceArgs& args, void* stream) {
+  const int64_t blocks = (args.shape.rows + kWarp - 1) / kWarp;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  return launch(columns_kernel<Divergence>, dim3(static_cast<unsigned>(blocks)), dim3(kColumnThreads),
+                static_cast<size_t>(Team<kColumns>::scratch_bytes(kColumnThreads / kWarp)), stream, args);
+}
+
 }  // namespace
 
 template <class D>
 int launch_divergence(const TokenDivergenceArgs& args, void* stream) {
   if (args.shape.vocab <= 33) return launch_lanes<D, 1, 33>(args, stream);
+  if (args.auxiliary.vocab_stride != 1) return launch_columns<D>(args, stream);
   if (args.shape.vocab <= 4 * 17) return launch_lanes<D, 4, 17>(args, stream);
   if (args.shape.vocab <= 16 * 17) return launch_lanes<D, 16, 17>(args, stream);
   if (args.shape.vocab <= kWarp * 17) return launch_blocks<D, 2>(args, stream);

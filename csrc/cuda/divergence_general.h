@@ -5,6 +5,7 @@
 
 #include "common/divergences.h"
 #include "common/scalar_math.h"
+#include "cuda/launch.h"
 #include "cuda/rows.h"
 #include "ops.h"
 
@@ -174,18 +175,35 @@ class GeneralRow {
     for (int i = team_.rank(); i < token_.size; i += team_.size()) visit(i);
   }
 
-  // Calls visit(index, z_p, z_q) for the entries of this thread.
+  // Calls visit(index, z_p, z_q) for the entries of this thread, a few of which are loaded before the first is used.
   template <class Visit>
   __device__ void each(const Visit& visit) const {
-    each_index([&](int i) {
-      float z_p = load_element(args_.teacher, first_[0] + i * args_.teacher.vocab_stride);
-      if (is_guided(args_, token_)) {  // uncond + s (cond - uncond); -inf on either side gives -inf
-        const float uncond = load_element(args_.uncond, first_[1] + i * args_.uncond.vocab_stride);
-        const bool filtered = z_p == -kInfinity || uncond == -kInfinity;
-        z_p = filtered ? -kInfinity : uncond + token_.scale * (z_p - uncond);
+    constexpr int kAhead = kLanes == kColumns ? 4 : 1;
+    const int step = team_.size();
+    const bool guided = is_guided(args_, token_);
+    for (int begin = team_.rank(); begin < token_.size; begin += kAhead * step) {
+      unsigned bits[kAhead][3] = {};
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = begin + k * step;
+        if (i >= token_.size) break;
+        bits[k][0] = load_bits(args_.teacher, first_[0] + i * args_.teacher.vocab_stride);
+        if (guided) bits[k][1] = load_bits(args_.uncond, first_[1] + i * args_.uncond.vocab_stride);
+        bits[k][2] = load_bits(args_.auxiliary, first_[2] + i * args_.auxiliary.vocab_stride);
       }
-      visit(i, z_p, load_element(args_.auxiliary, first_[2] + i * args_.auxiliary.vocab_stride));
-    });
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = begin + k * step;
+        if (i >= token_.size) break;
+        float z_p = from_bits(args_.teacher.dtype, bits[k][0]);
+        if (guided) {  // uncond + s (cond - uncond); -inf on either side gives -inf
+          const float uncond = from_bits(args_.uncond.dtype, bits[k][1]);
+          const bool filtered = z_p == -kInfinity || uncond == -kInfinity;
+          z_p = filtered ? -kInfinity : uncond + token_.scale * (z_p - uncond);
+        }
+        visit(i, z_p, from_bits(args_.auxiliary.dtype, bits[k][2]));
+      }
+    }
   }
 
   __device__ void store(int i, float x) const {
@@ -206,6 +224,26 @@ __device__ Team<kLanes> general_row(const TokenDivergenceArgs& args, Token token
   // By value: what is passed by reference must lie in memory.
   GeneralRow<Divergence, kLanes>(args, token, team, span).run();
   return team;
+}
+
+constexpr int kColumnThreads = 512;
+
+// Rows whose ids lie apart, such as logits [B, V, H, W] seen as [B, H, W, V]: 32 rows a block.
+template <class Divergence>
+__global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_constant__ TokenDivergenceArgs args) {
+  Team<kColumns> team(shared_memory<float>());
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
+  const bool inside = row < args.shape.rows, counts = mask_bits(args, row) != 0;
+  const float factor = counts ? factor_of(args, row) : 0.0f;
+  const int vocab = static_cast<int>(args.shape.vocab);
+  // Lanes without a row, and rows that do not count, come along with no entries; begin keeps the former from writing.
+  const Token token = {inside ? row : 0, inside ? 0 : 1, factor != 0.0f ? vocab : 0,
+                       counts ? scale_of(args, row) : 1.0f, factor};
+  GeneralRow<Divergence, kColumns>(args, token, team, nullptr).run();
+  if (!inside || factor != 0.0f || args.gradient.data == nullptr) return;
+  const int64_t first = first_gradient(args, row, 0);
+  for (int i = team.rank(); i < vocab; i += team.size())
+    store_element(args.gradient, first + i * args.gradient.vocab_stride, 0.0f);
 }
 
 }  // namespace

@@ -45,7 +45,8 @@ int scale_gradient(const ScaleGradientArgs& given, void* stream) {
   if (given.shape.rows == 0 || given.shape.vocab == 0) return cudaSuccess;
   ScaleGradientArgs args = given;
   merge_dims(args.shape, {&args.from, &args.to});
-  return launch_resident(scale_gradient_kernel, 1, (args.shape.rows + kThreads - 1) / kThreads, kThreads, 0, stream, args);
+  return launch_resident(scale_gradient_kernel, 1, (args.shape.rows + kThreads - 1) / kThreads, kThreads, 0, stream,
+                         args);
 }
 
 }  // namespace dimo::cuda

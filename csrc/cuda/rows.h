@@ -288,4 +288,38 @@ struct Team<0> {
   int entries_, turn_ = 0;
 };
 
+// A lane of every warp of the block: 32 neighbouring rows side by side, for logits whose rows are neighbours in memory
+// and whose ids are not. All threads of the block call fold_all alike.
+constexpr int kColumns = -1;
+
+template <>
+struct Team<kColumns> {
+  static constexpr int kMostNumbers = 3;
+
+  __device__ explicit Team(float* board) : board_(board) {}
+  __device__ static int rank() { return threadIdx.x / kWarp; }
+  __device__ static int size() { return blockDim.x / kWarp; }
+  __host__ __device__ static int scratch_bytes(int warps) { return kMostNumbers * warps * kWarp * 4; }
+
+  template <Fold... kFolds>
+  __device__ void fold_all(float (&x)[sizeof...(kFolds)]) {
+    constexpr int kNumbers = sizeof...(kFolds);
+    constexpr Fold kinds[] = {kFolds...};
+    static_assert(kNumbers <= kMostNumbers, "the board is too small");
+    float* const column = board_ + threadIdx.x % kWarp;
+#pragma unroll
+    for (int n = 0; n < kNumbers; ++n) column[(n * size() + rank()) * kWarp] = x[n];
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kNumbers; ++n) {
+      x[n] = identity_of(kinds[n]);
+      for (int warp = 0; warp < size(); ++warp) x[n] = fold(kinds[n], x[n], column[(n * size() + warp) * kWarp]);
+    }
+    __syncthreads();  // the board is free
+  }
+
+ private:
+  float* board_;
+};
+
 }  // namespace dimo::cuda
