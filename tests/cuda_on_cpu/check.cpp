@@ -74,10 +74,10 @@ LogitRows rows_of(std::vector<float>& logits, int64_t begin, int64_t stride) {
   return {logits.data() + begin, DType::float32, 1, {stride}};
 }
 
-// Rows that are aligned differently, one of which does not count.
-void check_token_divergence(int64_t vocab) {
+// Rows that are aligned alike or differently, one of which does not count; blocks share them out.
+void check_token_divergence(int64_t vocab, bool alike) {
   const bool mask[kBatch] = {true, false, true};
-  const int64_t stride = vocab + 1;
+  const int64_t stride = vocab + 1, begin = alike ? 0 : 1;
   std::vector<float> teacher(static_cast<size_t>(kBatch * stride + 1)), auxiliary = teacher, uncond = teacher;
   for (size_t i = 0; i < teacher.size(); ++i) {
     teacher[i] = std::sin(3.0f * static_cast<float>(i));
@@ -85,15 +85,16 @@ void check_token_divergence(int64_t vocab) {
   }
   std::vector<float> gradients[2] = {teacher, teacher}, values[2] = {kRatios, kRatios};
   int64_t zeroed = 0;
+  int32_t ticket = 0;
   int status = 0;
   for (const bool on_gpu : {false, true}) {
     const TokenDivergenceArgs args = {DivergenceKind::jeffreys,
                                       0.3,
                                       {kBatch, vocab, 1, {kBatch}},
                                       rows_of(teacher, 0, stride),
-                                      rows_of(uncond, 1, stride),
-                                      rows_of(auxiliary, 1, stride),
-                                      rows_of(gradients[on_gpu], 1, stride),
+                                      rows_of(uncond, begin, stride),
+                                      rows_of(auxiliary, begin, stride),
+                                      rows_of(gradients[on_gpu], begin, stride),
                                       1.5f,
                                       nullptr,
                                       1,
@@ -105,7 +106,8 @@ void check_token_divergence(int64_t vocab) {
                                       0,
                                       true,
                                       values[on_gpu].data(),
-                                      &zeroed};
+                                      &zeroed,
+                                      &ticket};
     if (on_gpu)
       status = cuda::token_divergence(args, nullptr);
     else
@@ -232,7 +234,8 @@ int run_kernels() {
     check_mask_tokens(length, true);
     check_init_tokens(length);
   }
-  for (const int64_t vocab : {1, 17, 65, 1025, 2049, 4097}) check_token_divergence(vocab);
+  for (const int64_t vocab : {1, 17, 65, 300, 1025, 2049, 4097})
+    for (const bool alike : {false, true}) check_token_divergence(vocab, alike);
   for (const int64_t vocab : {1, 17, 65, 300, 1025, 4097, 13001}) check_masked_cross_entropy(vocab);
   for (const int64_t vocab : {1, 17, 65, 257, 1025, 4097, 8300}) {
     check_sample_categorical(vocab, 0, 1.0, 0.9);
