@@ -313,8 +313,8 @@ def test_cross_entropy_of_a_diverged_row(shim, vocab):
     assert gradient.isfinite().all()
 
 
-# Part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
-DRAWN = [1, 5, 17, 64, 65, 255, 256, 257, 1024, 1025, 4097]
+# A lane, part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
+DRAWN = [1, 2, 5, 16, 17, 32, 33, 34, 64, 65, 255, 256, 257, 1024, 1025, 4097]
 FILTERS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
 
 

@@ -92,7 +92,8 @@ struct Line {
       const int begin = chunk * kChunk * bytes + at, left = misaligned + vocab * bytes - begin;
       if (left >= kCell) copy_async(reinterpret_cast<uint4*>(slot + at), aligned + begin);
       for (int i = 0; i < left && left < kCell; i += 2)  // the row's last cell
-        *reinterpret_cast<unsigned short*>(slot + at + i) = static_cast<unsigned short>(load_16_bits(aligned + begin + i));
+        *reinterpret_cast<unsigned short*>(slot + at + i) =
+            static_cast<unsigned short>(load_16_bits(aligned + begin + i));
     }
   }
 
@@ -130,6 +131,11 @@ struct Row {
 
   __device__ RowStream stream(int64_t row) const {
     return RowStream(args.key, args.key_stride, OperatorTag::sample_categorical, row, args.rows_per_sample);
+  }
+
+  // -inf on either side gives -inf.
+  __device__ float mixed(float z, float other) const {
+    return z == -INFINITY || other == -INFINITY ? -INFINITY : other + scale * (z - other);
   }
 
   // Ids first, first + 1, ... below `end`, -inf beyond.
@@ -188,13 +194,9 @@ struct Row {
       line.template load<kWarp>(chunk * kChunk + lane, vocab(), z);
   }
 
-  // -inf on either side gives -inf.
   __device__ void mix(const float (&other)[kShare], float (&z)[kShare]) const {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const bool filtered = z[i] == -INFINITY || other[i] == -INFINITY;
-      z[i] = filtered ? -INFINITY : other[i] + scale * (z[i] - other[i]);
-    }
+    for (int i = 0; i < kShare; ++i) z[i] = mixed(z[i], other[i]);
   }
 };
 

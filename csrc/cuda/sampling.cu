@@ -2,9 +2,9 @@
 // from the cache; filters read the row again, from the L2 cache for the most part. Tokens and log-probabilities are all
 // that is written.
 //
-// A row of up to 64 ids belongs to 8 lanes, a longer one to a warp, a long one to a block, whose warps take its chunks
-// in turn while the next ones are on their way into shared memory. One lane keeps the sums of one chunk: 32 chunks at a
-// time then race in parallel. The pick inside the winner goes through its ids in order.
+// A row of up to 33 ids belongs to a lane, of up to 64 to 8 lanes, a longer one to a warp, a long one to a block, whose
+// warps take its chunks in turn while the next ones are on their way into shared memory. One lane keeps the sums of one
+// chunk: 32 chunks at a time then race in parallel. The pick inside the winner goes through its ids in order.
 #include <cstdint>
 #include <type_traits>
 
@@ -81,6 +81,149 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
     }
   }
   put(args, row, first + lanes.rank * share + id, (logit - row_top) * rules.inverse_temperature - logf(row_total));
+}
+
+// --- up to 33 ids: a lane a row -------------------------------------------------------------------------------------
+
+constexpr int kHeld = 33;
+constexpr int kLaneRows = 128;  // of a block
+
+// Bytes of shared memory for a block's rows of one tensor.
+__host__ __device__ inline int span_bytes(const LogitRows& logits, int64_t vocab) {
+  return logits.data == nullptr ? 0 : kLaneRows * static_cast<int>(vocab) * bytes_of(logits.dtype);
+}
+
+// Starts copying a block's rows of one tensor, which follow one another without gaps.
+__device__ inline void fetch_span(const LogitRows& logits, int64_t first, int ids, unsigned char* to) {
+  const int bytes = ids << log2_bytes_of(logits.dtype), rank = static_cast<int>(threadIdx.x);
+  const char* const from = address_of(logits, first);
+  for (int i = rank * kCell; i + kCell <= bytes; i += kLaneRows * kCell)
+    copy_async(reinterpret_cast<uint4*>(to + i), from + i);
+  for (int i = bytes / kCell * kCell + rank * 2; i < bytes; i += kLaneRows * 2)
+    *reinterpret_cast<unsigned short*>(to + i) = static_cast<unsigned short>(load_16_bits(from + i));
+}
+
+// Calls visit(i, its logit) for the ids of a line, which lie in the block's span or (null) in memory.
+template <class Visit>
+__device__ void each_id(const Line& line, int vocab, const unsigned char* span, const Visit& visit) {
+  with_type(line.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto each = [&](const T* from, int64_t stride) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (i >= vocab) break;
+        visit(i, to_float(from[i * stride]));
+      }
+    };
+    if (span != nullptr)
+      each(reinterpret_cast<const T*>(span) + static_cast<int>(threadIdx.x) * vocab, 1);
+    else
+      each(reinterpret_cast<const T*>(line.data), line.logits.vocab_stride);
+  });
+}
+
+// The ids of a row in a lane's registers: drops below the largest logit, later weights.
+struct LaneRow {
+  const int vocab;
+  float x[kHeld];
+
+  template <class Visit>
+  __device__ void each(const Visit& visit) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i >= vocab) break;
+      visit(i, x[i]);
+    }
+  }
+
+  // The least drop with which the weights of the drops up to it reach what is needed; `limit` where that is less. Goes
+  // from drop to drop in order of size.
+  template <class Sum, class Weight>
+  __device__ float threshold(float limit, Sum needed, const Weight& weight) {
+    float drop = -1.0f;
+    for (Sum through = 0; through < needed;) {
+      float next = INFINITY;
+      each([&](int, float other) { next = other > drop ? fminf(next, other) : next; });
+      if (!(next < limit)) return limit;
+      drop = next;
+      Sum ties = 0;
+      each([&](int, float other) { ties += other == drop; });
+      through += ties * weight(drop);
+    }
+    return drop;
+  }
+};
+
+template <bool kGuided, bool kFiltered>
+__global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(const SampleCategoricalArgs args,
+                                                                               const DrawRules rules, bool dense) {
+  const int vocab = static_cast<int>(args.shape.vocab);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kLaneRows, row = first + threadIdx.x;
+  unsigned char* const span = dense ? shared_memory<unsigned char>() : nullptr;
+  unsigned char* const uncond_span = dense ? span + span_bytes(args.logits, vocab) : nullptr;
+  if (dense) {
+    const int64_t left = args.shape.rows - first;
+    const int ids = static_cast<int>(left < kLaneRows ? left : kLaneRows) * vocab;
+    fetch_span(args.logits, first * vocab, ids, span);
+    if (kGuided) fetch_span(args.uncond, first * vocab, ids, uncond_span);
+  }
+  const int64_t source_row = row < args.shape.rows ? row : first;
+  const Row<kGuided> source(args, source_row);
+  const Words4 words = source.stream(source_row).words(0);  // meanwhile
+  wait_for_copies();
+  __syncthreads();
+  if (row >= args.shape.rows) return;
+
+  LaneRow own = {vocab, {}};
+  each_id(source.cond, vocab, span, [&](int i, float z) { own.x[i] = z; });
+  if constexpr (kGuided) {
+    if (source.guided())
+      each_id(source.uncond, vocab, uncond_span, [&](int i, float z) { own.x[i] = source.mixed(own.x[i], z); });
+  }
+  float top = -INFINITY;
+  bool dead = false;  // a logit is no number, or infinite
+  own.each([&](int, float z) {
+    top = fmaxf(top, z);
+    dead |= !(z < INFINITY);
+  });
+  if (dead || top == -INFINITY) return put(args, row, -1, -INFINITY);
+  own.each([&](int, float& x) { x = top - x; });
+  float limit = INFINITY;
+  if constexpr (kFiltered) {
+    if (rules.greedy) {
+      int id = vocab;
+      own.each([&](int i, float drop) { id = drop == 0.0f && i < id ? i : id; });
+      return put(args, row, id, 0.0f);
+    }
+    if (rules.top_k > 0) limit = own.threshold(limit, static_cast<int>(rules.top_k), [](float) { return 1; });
+    if (rules.top_p < 1.0) {
+      const auto mass = [&](float drop) { return static_cast<Wide>(exp2_fast(-drop * rules.rate) * kOne); };
+      Wide total = 0;
+      own.each([&](int, float drop) { total += drop <= limit ? mass(drop) : 0; });
+      limit = own.threshold(limit, Wide{needed_mass(rules.top_p, total)}, mass);
+    }
+    limit = fminf(limit, rules.min_p_drop);
+  }
+  // Weights in fixed point but for the fraction.
+  float sum = 0.0f;
+  Wide total = 0;
+  own.each([&](int, float& x) {
+    x = x <= limit ? exp2_fast(-x * rules.rate) * kOne : 0.0f;
+    sum += x;
+    total += static_cast<Wide>(x);
+  });
+  const Wide target = pick_target(total, words.word[1], words.word[2]);
+  Wide before = 0;
+  int id = 0;
+  float weight = 0.0f;
+  own.each([&](int i, float x) {
+    if (before <= target) {  // at last true for the one that is picked
+      id = i;
+      weight = x;
+    }
+    before += static_cast<Wide>(x);
+  });
+  put(args, row, id, logf(weight / sum));
 }
 
 // --- up to 64 ids ---------------------------------------------------------------------------------------------------
@@ -383,10 +526,26 @@ int launch_rows(Kernel kernel, int64_t rows_per_block, int threads, const Sample
   return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args, rules);
 }
 
+template <bool kGuided, bool kFiltered>
+int launch_lane_rows(const SampleCategoricalArgs& args, const DrawRules& rules, void* stream) {
+  const int64_t blocks = (args.shape.rows + kLaneRows - 1) / kLaneRows;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  bool dense = true;
+  for (const LogitRows* logits : {&args.logits, &args.uncond})
+    dense &= logits->data == nullptr ||
+             (is_dense(args.shape, *logits) && reinterpret_cast<uintptr_t>(logits->data) % kCell == 0);
+  const int bytes = span_bytes(args.logits, args.shape.vocab) + span_bytes(args.uncond, args.shape.vocab);
+  return launch(lane_rows_kernel<kGuided, kFiltered>, dim3(static_cast<unsigned>(blocks)), dim3(kLaneRows),
+                dense ? static_cast<size_t>(bytes) : 0, stream, args, rules, dense);
+}
+
 template <bool kGuided>
 int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
   const DrawRules rules(args);
   const int64_t vocab = args.shape.vocab;
+  if (vocab <= kHeld)
+    return rules.greedy || rules.filtered ? launch_lane_rows<kGuided, true>(args, rules, stream)
+                                          : launch_lane_rows<kGuided, false>(args, rules, stream);
   if (rules.greedy || rules.filtered) {
     if (vocab <= 4 * kChunk) return launch_rows(filtered_rows_kernel<1, 8, kGuided>, 1, kWarp, args, rules, stream);
     return launch_rows(filtered_rows_kernel<kManyWarps, 11, kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
@@ -400,8 +559,10 @@ int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
 
 }  // namespace
 
-int sample_categorical(const SampleCategoricalArgs& args, void* stream) {
-  if (args.shape.rows == 0) return cudaSuccess;
+int sample_categorical(const SampleCategoricalArgs& given, void* stream) {
+  if (given.shape.rows == 0) return cudaSuccess;
+  SampleCategoricalArgs args = given;
+  merge_dims(args.shape, {&args.logits, &args.uncond});
   return args.uncond.data != nullptr ? launch_geometry<true>(args, stream) : launch_geometry<false>(args, stream);
 }
 
