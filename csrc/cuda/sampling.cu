@@ -86,11 +86,14 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
 // --- up to 33 ids: a lane a row -------------------------------------------------------------------------------------
 
 constexpr int kHeld = 33;
+// Ids are worked on 1 + 8 + 8 + ... at a time, so that none waits for another.
+constexpr int kGroup = 8;
+__device__ constexpr bool begins_group(int i) { return i % kGroup == 1; }
 constexpr int kLaneRows = 128;  // of a block
 
-// Bytes of shared memory for a block's rows of one tensor.
+// Bytes of shared memory for a block's rows of one tensor, and what the last row's last group reads beyond.
 __host__ __device__ inline int span_bytes(const LogitRows& logits, int64_t vocab) {
-  return logits.data == nullptr ? 0 : kLaneRows * static_cast<int>(vocab) * bytes_of(logits.dtype);
+  return logits.data == nullptr ? 0 : (kLaneRows * static_cast<int>(vocab) + kGroup) * bytes_of(logits.dtype);
 }
 
 // Starts copying a block's rows of one tensor, which follow one another without gaps.
@@ -103,26 +106,31 @@ __device__ inline void fetch_span(const LogitRows& logits, int64_t first, int id
     *reinterpret_cast<unsigned short*>(to + i) = static_cast<unsigned short>(load_16_bits(from + i));
 }
 
-// Calls visit(i, its logit) for the ids of a line, which lie in the block's span or (null) in memory.
+// Calls visit(i, its logit) for the ids of a line, which lie in the block's span or (null) in memory; and for what is
+// left of the last group with some number.
 template <class Visit>
 __device__ void each_id(const Line& line, int vocab, const unsigned char* span, const Visit& visit) {
   with_type(line.logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto each = [&](const T* from, int64_t stride) {
+    const auto each = [&](const auto& load) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (i >= vocab) break;
-        visit(i, to_float(from[i * stride]));
+        if (begins_group(i) && i >= vocab) break;
+        visit(i, to_float(load(i)));
       }
     };
-    if (span != nullptr)
-      each(reinterpret_cast<const T*>(span) + static_cast<int>(threadIdx.x) * vocab, 1);
-    else
-      each(reinterpret_cast<const T*>(line.data), line.logits.vocab_stride);
+    if (span != nullptr) {
+      const T* const from = reinterpret_cast<const T*>(span) + static_cast<int>(threadIdx.x) * vocab;
+      each([&](int i) { return from[i]; });
+    } else {
+      const T* const from = reinterpret_cast<const T*>(line.data);
+      each([&](int i) { return from[(i < vocab ? i : 0) * line.logits.vocab_stride]; });
+    }
   });
 }
 
-// The ids of a row in a lane's registers: drops below the largest logit, later weights.
+// The ids of a row in a lane's registers: logits, then drops below the largest, then weights; -inf, inf or 0 where the
+// last group goes on beyond the row.
 struct LaneRow {
   const int vocab;
   float x[kHeld];
@@ -131,7 +139,7 @@ struct LaneRow {
   __device__ void each(const Visit& visit) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (i >= vocab) break;
+      if (begins_group(i) && i >= vocab) break;
       visit(i, x[i]);
     }
   }
@@ -182,7 +190,8 @@ __global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(c
   }
   float top = -INFINITY;
   bool dead = false;  // a logit is no number, or infinite
-  own.each([&](int, float z) {
+  own.each([&](int i, float& z) {
+    z = i < vocab ? z : -INFINITY;
     top = fmaxf(top, z);
     dead |= !(z < INFINITY);
   });
