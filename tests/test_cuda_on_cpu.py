@@ -348,6 +348,21 @@ def test_sample_from_large_vocabularies(shim, vocab, filters):
     assert_same_draws(lambda: dx.sample_categorical(logits, key=dx.random_key(vocab), **filters))
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+@pytest.mark.parametrize("top_k", [1, 50, 250, 257, 2047, 2049])
+@pytest.mark.parametrize("vocab", [20, 33, 34, 600, 4096, 9000])
+def test_sample_from_the_top_k(shim, vocab, top_k, top_p):
+    """Few and many stay, with ties at the threshold, fewer finite logits than that, all equal ones."""
+    (logits,) = LogitsCase((5,), vocab).build(DEVICE, 1)
+    logits[1] = logits[1].round()
+    logits[2, vocab // 3 :] = -torch.inf
+    logits[3] = 1.5
+    logits[4, 0] = torch.nan
+    assert_same_draws(
+        lambda: dx.sample_categorical(logits, key=dx.random_key(9), top_k=min(top_k, vocab), top_p=top_p)
+    )
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("vocab", [17, 300, 4097])
 def test_draws_do_not_depend_on_the_order_of_threads(shim, vocab, order):

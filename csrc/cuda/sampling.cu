@@ -456,29 +456,69 @@ __device__ Wide scan_block(Wide own, Board& board, Wide* total) {
   return through;
 }
 
-// The threshold of top-p (kMass) or top-k among the drops up to a limit, for all threads.
-template <bool kMass, int kWarps, int kBits, bool kGuided>
-__device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& rules, float top, uint32_t limit,
-                                   unsigned char* slots, Wide* histogram, Board& board) {
-  constexpr int kBins = 1 << kBits, kThreads = kWarps * kWarp, kOwnBins = kBins / kThreads;
+// The largest logits of kShare shares of what each thread sees, as drops, and the largest of all: +inf where one is no
+// number, or infinite.
+template <int kWarps, bool kGuided>
+__device__ float find_largest_of_shares(const Row<kGuided>& source, unsigned char* slots, Board& board,
+                                        float (&drops)[kShare]) {
   const Lanes<kWarp> lanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  bool dead = false;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) drops[i] = -INFINITY;
+  source.template each_chunk<kWarps>(
+      lanes.rank, warp, slots,
+      [&](int, int, const float (&z)[kShare]) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+          drops[i] = fmaxf(drops[i], z[i]);
+          dead |= !(z[i] < INFINITY);
+        }
+      },
+      [](int) {});
+  float top = dead ? INFINITY : drops[0];
+#pragma unroll
+  for (int i = 1; i < kShare; ++i) top = fmaxf(top, drops[i]);
+  top = lanes.max(top);
+  if constexpr (kWarps > 1) {
+    __syncthreads();  // the row before has been read
+    if (lanes.rank == 0) board.tops[warp] = top;
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, board.tops[w]);
+  }
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) drops[i] = top - drops[i];
+  return top;
+}
+
+__device__ inline void add(unsigned* bin, unsigned weight) { atomicAdd(bin, weight); }
+// Half by half: shared memory adds 32 bits by itself, but not 64.
+__device__ inline void add(Wide* bin, Wide weight) {
+  auto* const halves = reinterpret_cast<unsigned*>(bin);
+  const auto low = static_cast<unsigned>(weight);
+  const bool carry = atomicAdd(halves, low) + low < low;
+  const unsigned high = static_cast<unsigned>(weight >> 32) + carry;
+  if (high != 0) atomicAdd(halves + 1, high);
+}
+
+// The threshold of top-p (kMass) or top-k among the drops up to a limit, for all threads: each_drop(visit) calls
+// visit(drop) for those that the thread has.
+template <bool kMass, int kWarps, int kBits, class EachDrop>
+__device__ uint32_t find_threshold(const EachDrop& each_drop, const DrawRules& rules, uint32_t limit, Wide* bins,
+                                   Board& board) {
+  using Bin = std::conditional_t<kMass, Wide, unsigned>;
+  constexpr int kBins = 1 << kBits, kThreads = kWarps * kWarp, kOwnBins = kBins / kThreads;
+  auto* const histogram = reinterpret_cast<Bin*>(bins);
   DropSearch search(static_cast<uint64_t>(rules.top_k), kBits);
   for (bool first = true; !search.done; first = false) {
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
     __syncthreads();
-    source.template each_chunk<kWarps>(
-        lanes.rank, static_cast<int>(threadIdx.x) / kWarp, slots,
-        [&](int, int, const float (&z)[kShare]) {
-#pragma unroll
-          for (int i = 0; i < kShare; ++i) {
-            const float drop = top - z[i];
-            const uint32_t bits = __float_as_uint(drop);
-            if (bits > limit || !search.candidate(bits)) continue;
-            const Wide weight = kMass ? static_cast<Wide>(exp2_fast(-drop * rules.rate) * kOne) : 1;
-            if (weight != 0) atomicAdd(&histogram[search.digit(bits)], weight);
-          }
-        },
-        [](int) {});
+    each_drop([&](float drop) {
+      const uint32_t bits = __float_as_uint(drop);
+      if (bits > limit || !search.candidate(bits)) return;
+      const Bin weight = kMass ? static_cast<Bin>(exp2_fast(-drop * rules.rate) * kOne) : 1;
+      if (weight != 0) add(&histogram[search.digit(bits)], weight);
+    });
     __syncthreads();
     const int begin = static_cast<int>(threadIdx.x) * kOwnBins;
     Wide own = 0, total;
@@ -499,28 +539,78 @@ __device__ uint32_t find_threshold(const Row<kGuided>& source, const DrawRules& 
   return search.bound() < limit ? search.bound() : limit;
 }
 
+// The few drops that top-k leaves, in no order.
+template <int kMost>
+struct List {
+  int count;
+  float drops[kMost];
+};
+
 template <int kWarps, int kBits, bool kGuided>
 __global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
                                                 kWarps) void filtered_rows_kernel(const SampleCategoricalArgs args,
                                                                                   const DrawRules rules) {
+  constexpr int kThreads = kWarps * kWarp, kListed = kWarps == 1 ? 512 : 2048;
+  constexpr uint32_t kInfinite = 0x7f800000;
   __shared__ Board board;
-  __shared__ Wide histogram[1 << kBits];
+  __shared__ Wide bins[1 << kBits];
+  __shared__ List<kListed> list;
   unsigned char* const slots = slots_of_warp(args);
+  const int rank = static_cast<int>(threadIdx.x);
   int parity = 0;
   for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x, parity ^= 1) {
     const Row<kGuided> source(args, row);
-    const Largest largest = find_largest<kWarps>(source, slots, board);
-    const bool dead = !(fabsf(largest.top) < INFINITY);
-    if (dead || rules.greedy) {
-      if (threadIdx.x == 0) put(args, row, dead ? -1 : largest.id, dead ? -INFINITY : 0.0f);
+    if (rules.greedy) {
+      const Largest largest = find_largest<kWarps>(source, slots, board);
+      const bool dead = !(fabsf(largest.top) < INFINITY);
+      if (rank == 0) put(args, row, dead ? -1 : largest.id, dead ? -INFINITY : 0.0f);
       continue;
     }
-    const float top = largest.top;
-    uint32_t limit = 0x7f800000;
-    if (rules.top_k > 0)
-      limit = find_threshold<false, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
-    if (rules.top_p < 1.0)
-      limit = find_threshold<true, kWarps, kBits>(source, rules, top, limit, slots, histogram, board);
+    float shares[kShare];
+    const float top = find_largest_of_shares<kWarps>(source, slots, board, shares);
+    if (!(fabsf(top) < INFINITY)) {
+      if (rank == 0) put(args, row, -1, -INFINITY);
+      continue;
+    }
+    const auto in_row = [&](const auto& visit) {
+      source.template each_chunk<kWarps>(
+          rank % kWarp, rank / kWarp, slots,
+          [&](int, int, const float (&z)[kShare]) {
+#pragma unroll
+            for (int i = 0; i < kShare; ++i) visit(top - z[i]);
+          },
+          [](int) {});
+    };
+    const auto in_shares = [&](const auto& visit) {
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) visit(shares[i]);
+    };
+    int listed = kListed + 1;
+    const auto in_list = [&](const auto& visit) {
+      for (int i = rank; i < listed; i += kThreads) visit(list.drops[i]);
+    };
+    uint32_t limit = kInfinite;
+    if (rules.top_k > 0 && rules.top_k <= kThreads * kShare) {
+      // No more than so many ids are larger than as many shares' largest ones: few others are up to the limit.
+      limit = find_threshold<false, kWarps, kBits>(in_shares, rules, limit, bins, board);
+      if (rank == 0) list.count = 0;
+      __syncthreads();
+      in_row([&](float drop) {
+        if (__float_as_uint(drop) > limit || drop == INFINITY) return;
+        const int at = atomicAdd(&list.count, 1);
+        if (at < kListed) list.drops[at] = drop;
+      });
+      __syncthreads();
+      listed = list.count;
+    }
+    const bool few = listed <= kListed;
+    if (few) {
+      if (listed > rules.top_k) limit = find_threshold<false, kWarps, kBits>(in_list, rules, limit, bins, board);
+      if (rules.top_p < 1.0) limit = find_threshold<true, kWarps, kBits>(in_list, rules, limit, bins, board);
+    } else {
+      if (rules.top_k > 0) limit = find_threshold<false, kWarps, kBits>(in_row, rules, limit, bins, board);
+      if (rules.top_p < 1.0) limit = find_threshold<true, kWarps, kBits>(in_row, rules, limit, bins, board);
+    }
     const Filter filter = {top, fminf(__uint_as_float(limit), rules.min_p_drop)};
     draw<kWarps>(source, filter, rules, row, slots, parity, board);
   }
@@ -556,7 +646,7 @@ int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
     return rules.greedy || rules.filtered ? launch_lane_rows<kGuided, true>(args, rules, stream)
                                           : launch_lane_rows<kGuided, false>(args, rules, stream);
   if (rules.greedy || rules.filtered) {
-    if (vocab <= 4 * kChunk) return launch_rows(filtered_rows_kernel<1, 8, kGuided>, 1, kWarp, args, rules, stream);
+    if (vocab <= kWarpVocab) return launch_rows(filtered_rows_kernel<1, 8, kGuided>, 1, kWarp, args, rules, stream);
     return launch_rows(filtered_rows_kernel<kManyWarps, 11, kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
   }
   if (vocab <= kShortVocab)
