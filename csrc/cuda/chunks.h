@@ -87,14 +87,11 @@ struct Line {
   __device__ void fetch(int lane, int chunk, int vocab, unsigned char* slot) const {
     const int bytes = bytes_of(logits.dtype), misaligned = misalignment();
     const char* const aligned = data - misaligned;
+    const int first = chunk * kChunk * bytes, end = misaligned + vocab * bytes - first;
+    const int here = misaligned + kChunk * bytes < end ? misaligned + kChunk * bytes : end;
 #pragma unroll 1
-    for (int at = lane * kCell; at <= kChunk * bytes; at += kWarp * kCell) {
-      const int begin = chunk * kChunk * bytes + at, left = misaligned + vocab * bytes - begin;
-      if (left >= kCell) copy_async(reinterpret_cast<uint4*>(slot + at), aligned + begin);
-      for (int i = 0; i < left && left < kCell; i += 2)  // the row's last cell
-        *reinterpret_cast<unsigned short*>(slot + at + i) =
-            static_cast<unsigned short>(load_16_bits(aligned + begin + i));
-    }
+    for (int at = lane * kCell; at < here; at += kWarp * kCell)
+      copy_async(slot + at, aligned + first + at, end - at < kCell ? end - at : kCell);
   }
 
   // A lane's ids of the chunk in a slot, of which `count` exist.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/macros.h"
 
@@ -76,6 +77,17 @@ __device__ inline void copy_async(uint4* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 #else
   *to = *static_cast<const uint4*>(from);
+#endif
+}
+
+// The same of the cell's first bytes, 1 to 16; zeros stand for the others, which are not read.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+#if defined(__CUDA_ARCH__)
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+#else
+  memset(to, 0, 16);
+  memcpy(to, from, static_cast<size_t>(bytes));
 #endif
 }
 

@@ -100,10 +100,8 @@ __host__ __device__ inline int span_bytes(const LogitRows& logits, int64_t vocab
 __device__ inline void fetch_span(const LogitRows& logits, int64_t first, int ids, unsigned char* to) {
   const int bytes = ids << log2_bytes_of(logits.dtype), rank = static_cast<int>(threadIdx.x);
   const char* const from = address_of(logits, first);
-  for (int i = rank * kCell; i + kCell <= bytes; i += kLaneRows * kCell)
-    copy_async(reinterpret_cast<uint4*>(to + i), from + i);
-  for (int i = bytes / kCell * kCell + rank * 2; i < bytes; i += kLaneRows * 2)
-    *reinterpret_cast<unsigned short*>(to + i) = static_cast<unsigned short>(load_16_bits(from + i));
+  for (int i = rank * kCell; i < bytes; i += kLaneRows * kCell)
+    copy_async(to + i, from + i, bytes - i < kCell ? bytes - i : kCell);
 }
 
 // Calls visit(i, its logit) for the ids of a line, which lie in the block's span or (null) in memory; and for what is
