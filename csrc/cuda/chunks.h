@@ -77,9 +77,14 @@ struct Line {
     with_type(logits.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* const from = reinterpret_cast<const T*>(data);
+      unsigned bits[kShare];  // all on their way before one is converted
 #pragma unroll
-      for (int i = 0; i < kShare; ++i)
-        z[i] = first + i * kStep < end ? to_float(from[(first + i * kStep) * logits.vocab_stride]) : -INFINITY;
+      for (int i = 0; i < kShare; ++i) {
+        const int id = first + i * kStep;
+        bits[i] = load_bits(from + (id < end ? id : end - 1) * logits.vocab_stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) z[i] = first + i * kStep < end ? from_bits<T>(bits[i]) : -INFINITY;
     });
   }
 

@@ -61,12 +61,13 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
                      const float (&z)[kShare], int share, uint32_t word1, uint32_t word2, int first, float row_top,
                      float row_total, int64_t row) {
   const float top = largest(lanes, z);
-  const auto weight = [&](int i) {
-    return i < share ? static_cast<Wide>(exp2_fast((z[i] - top) * rules.rate) * kOne) : Wide{0};
-  };
+  float weight[kShare];
   Wide own = 0;
 #pragma unroll
-  for (int i = 0; i < kShare; ++i) own += weight(i);
+  for (int i = 0; i < kShare; ++i) {
+    weight[i] = i < share ? exp2_fast((z[i] - top) * rules.rate) * kOne : 0.0f;
+    own += static_cast<Wide>(weight[i]);
+  }
   const Wide through = lanes.scan(own), target = pick_target(lanes.from(kLanes - 1, through), word1, word2);
   Wide before = through - own;
   if (target < before || target >= through) return;
@@ -74,7 +75,7 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
   float logit = 0.0f;
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    before += weight(i);
+    before += static_cast<Wide>(weight[i]);
     if (id < 0 && target < before) {
       id = i;
       logit = z[i];
@@ -238,7 +239,7 @@ __global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(c
 constexpr int kShortThreads = 128;
 
 template <bool kGuided>
-__global__ __launch_bounds__(kShortThreads, resident_warps(kGuided) * kWarp /
+__global__ __launch_bounds__(kShortThreads, resident_warps(true) * kWarp /
                                                 kShortThreads) void short_rows_kernel(const SampleCategoricalArgs args,
                                                                                       const DrawRules rules) {
   const Lanes<kShortLanes> lanes;
