@@ -1,6 +1,7 @@
 // Categorical draws: one launch, no workspace. Every logit is read once, 2 or 4 bytes, and the winner's chunk again
-// from the cache; filters read the row again, from the L2 cache for the most part. Tokens and log-probabilities are all
-// that is written.
+// from the cache; filters read the row again, from the L2 cache for the most part: twice under top-k, whose few ids are
+// then listed in shared memory, once for every digit of the threshold where too many stay. Tokens and log-probabilities
+// are all that is written.
 //
 // A row of up to 33 ids belongs to a lane, of up to 64 to 8 lanes, a longer one to a warp, a long one to a block, whose
 // warps take its chunks in turn while the next ones are on their way into shared memory. One lane keeps the sums of one
@@ -236,10 +237,10 @@ __global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(c
 
 // --- up to 64 ids ---------------------------------------------------------------------------------------------------
 
-constexpr int kShortThreads = 128;
+constexpr int kShortThreads = 128, kShortWarps = 24;  // of a block; of a multiprocessor
 
 template <bool kGuided>
-__global__ __launch_bounds__(kShortThreads, resident_warps(true) * kWarp /
+__global__ __launch_bounds__(kShortThreads, kShortWarps* kWarp /
                                                 kShortThreads) void short_rows_kernel(const SampleCategoricalArgs args,
                                                                                       const DrawRules rules) {
   const Lanes<kShortLanes> lanes;
@@ -590,7 +591,7 @@ __global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
     };
     uint32_t limit = kInfinite;
     if (rules.top_k > 0 && rules.top_k <= kThreads * kShare) {
-      // No more than so many ids are larger than as many shares' largest ones: few others are up to the limit.
+      // As far down as the k-th largest of the shares' largest logits lie k ids or more, but few others.
       limit = find_threshold<false, kWarps, kBits>(in_shares, rules, limit, bins, board);
       if (rank == 0) list.count = 0;
       __syncthreads();
