@@ -313,8 +313,8 @@ def test_cross_entropy_of_a_diverged_row(shim, vocab):
     assert gradient.isfinite().all()
 
 
-# Part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
-DRAWN = [1, 5, 17, 64, 65, 255, 256, 257, 1024, 1025, 4097]
+# A lane, part of a warp, a warp and a block a row; one chunk and several, full and partial ones.
+DRAWN = [1, 2, 5, 16, 17, 32, 33, 34, 64, 65, 255, 256, 257, 1024, 1025, 4097]
 FILTERS = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
 
 
@@ -346,6 +346,21 @@ def test_sample_from_large_vocabularies(shim, vocab, filters):
     shim.order(vocab)
     (logits,) = LogitsCase((2,), vocab, torch.bfloat16).build(DEVICE, 1)
     assert_same_draws(lambda: dx.sample_categorical(logits, key=dx.random_key(vocab), **filters))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+@pytest.mark.parametrize("top_k", [1, 50, 250, 257, 2047, 2049])
+@pytest.mark.parametrize("vocab", [20, 33, 34, 600, 4096, 9000])
+def test_sample_from_the_top_k(shim, vocab, top_k, top_p):
+    """Few and many stay, with ties at the threshold, fewer finite logits than that, all equal ones."""
+    (logits,) = LogitsCase((5,), vocab).build(DEVICE, 1)
+    logits[1] = logits[1].round()
+    logits[2, vocab // 3 :] = -torch.inf
+    logits[3] = 1.5
+    logits[4, 0] = torch.nan
+    assert_same_draws(
+        lambda: dx.sample_categorical(logits, key=dx.random_key(9), top_k=min(top_k, vocab), top_p=top_p)
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)

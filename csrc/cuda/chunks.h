@@ -66,10 +66,12 @@ __host__ __device__ inline int slot_bytes(const LogitRows& logits) {
 // One tensor's part in a row.
 struct Line {
   const LogitRows& logits;
-  const char* data;  // the first id
+  const char *data, *stop;  // the first id; behind the last id of the last row, where rows are contiguous
 
   __device__ Line(const RowShape& shape, const LogitRows& rows, int64_t row)
-      : logits(rows), data(static_cast<const char*>(rows.data) + row_offset(shape, rows, row) * bytes_of(rows.dtype)) {}
+      : logits(rows),
+        data(address_of(rows, row_offset(shape, rows, row))),
+        stop(address_of(rows, row_offset(shape, rows, shape.rows - 1) + shape.vocab)) {}
 
   // A lane's ids first, first + kStep, ... below `end`, -inf beyond.
   template <int kStep>
@@ -77,9 +79,14 @@ struct Line {
     with_type(logits.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* const from = reinterpret_cast<const T*>(data);
+      unsigned bits[kShare];  // all on their way before one is converted
 #pragma unroll
-      for (int i = 0; i < kShare; ++i)
-        z[i] = first + i * kStep < end ? to_float(from[(first + i * kStep) * logits.vocab_stride]) : -INFINITY;
+      for (int i = 0; i < kShare; ++i) {
+        const int id = first + i * kStep;
+        bits[i] = load_bits(from + (id < end ? id : end - 1) * logits.vocab_stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) z[i] = first + i * kStep < end ? from_bits<T>(bits[i]) : -INFINITY;
     });
   }
 
@@ -87,14 +94,10 @@ struct Line {
   __device__ void fetch(int lane, int chunk, int vocab, unsigned char* slot) const {
     const int bytes = bytes_of(logits.dtype), misaligned = misalignment();
     const char* const aligned = data - misaligned;
+    const int first = chunk * kChunk * bytes, end = misaligned + vocab * bytes - first;
+    const int here = misaligned + kChunk * bytes < end ? misaligned + kChunk * bytes : end;
 #pragma unroll 1
-    for (int at = lane * kCell; at <= kChunk * bytes; at += kWarp * kCell) {
-      const int begin = chunk * kChunk * bytes + at, left = misaligned + vocab * bytes - begin;
-      if (left >= kCell) copy_async(reinterpret_cast<uint4*>(slot + at), aligned + begin);
-      for (int i = 0; i < left && left < kCell; i += 2)  // the row's last cell
-        *reinterpret_cast<unsigned short*>(slot + at + i) =
-            static_cast<unsigned short>(load_16_bits(aligned + begin + i));
-    }
+    for (int at = lane * kCell; at < here; at += kWarp * kCell) copy_cell(slot + at, aligned + first + at, stop);
   }
 
   // A lane's ids of the chunk in a slot, of which `count` exist.
@@ -131,6 +134,11 @@ struct Row {
 
   __device__ RowStream stream(int64_t row) const {
     return RowStream(args.key, args.key_stride, OperatorTag::sample_categorical, row, args.rows_per_sample);
+  }
+
+  // -inf on either side gives -inf.
+  __device__ float mixed(float z, float other) const {
+    return z == -INFINITY || other == -INFINITY ? -INFINITY : other + scale * (z - other);
   }
 
   // Ids first, first + 1, ... below `end`, -inf beyond.
@@ -189,13 +197,9 @@ struct Row {
       line.template load<kWarp>(chunk * kChunk + lane, vocab(), z);
   }
 
-  // -inf on either side gives -inf.
   __device__ void mix(const float (&other)[kShare], float (&z)[kShare]) const {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const bool filtered = z[i] == -INFINITY || other[i] == -INFINITY;
-      z[i] = filtered ? -INFINITY : other[i] + scale * (z[i] - other[i]);
-    }
+    for (int i = 0; i < kShare; ++i) z[i] = mixed(z[i], other[i]);
   }
 };
 

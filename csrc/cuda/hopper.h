@@ -79,6 +79,13 @@ __device__ inline void copy_async(uint4* to, const void* from) {
 #endif
 }
 
+// The same of what lies before `stop`, behind which there may be no memory: numbers of 2 or 4 bytes.
+__device__ inline void copy_cell(void* to, const char* from, const char* stop) {
+  if (stop - from >= 16) return copy_async(static_cast<uint4*>(to), from);
+  for (int i = 0; i < stop - from; i += 2)
+    static_cast<unsigned short*>(to)[i / 2] = *reinterpret_cast<const unsigned short*>(from + i);
+}
+
 __device__ inline void wait_for_copies() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_all;" ::: "memory");
