@@ -55,9 +55,9 @@ def test_a_graph_reads_keys_and_inputs_at_every_replay(name):
     for _ in range(3):
         graph.replay()
         assert_same_bits(outputs, step(eager))
-        replayed.append(outputs[0].clone())
-    for other in replayed[1:]:
-        assert not torch.equal(replayed[0], other)
+        replayed.append([x.clone() for x in outputs])
+    for other in replayed[1:]:  # a mean may not notice that samples were shuffled
+        assert not all(map(torch.equal, replayed[0], other))
 
 
 @every_call
