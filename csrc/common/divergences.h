@@ -43,6 +43,9 @@ constexpr float kNearTops = 16.0f;
 // Where |log p/q| is below this, series stand for differences that would cancel; elsewhere they may overflow, unused.
 constexpr float kNear = 0.5f;
 
+// From this reverse KL on, in nats, nothing cancels in sums of p log(p/q).
+constexpr float kFarApart = 0.05f;
+
 // exp(y) - 1 - y for |y| <= kNear, relative error about 1e-7.
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
@@ -98,7 +101,7 @@ struct ForwardKL : OneValue {
   using F = typename Math::F;
   static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ForwardKL(double) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float) const { return -1.0f; }
+  DIMO_HOST_DEVICE F pull_from_mean(F) const { return Math::splat(-1.0f); }
   // Where p and q lie apart: sum (q - p) is 0.
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const { return {e.p * e.x, Math::splat(0.0f), -e.p}; }
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
@@ -112,7 +115,7 @@ struct ReverseKL : OneValue {
   using F = typename Math::F;
   static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ReverseKL(double) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return -mean_x; }
+  DIMO_HOST_DEVICE F pull_from_mean(F mean_x) const { return -mean_x; }
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
     const F pull = -e.q * e.x;
     return {pull, Math::splat(0.0f), pull};
@@ -130,7 +133,7 @@ struct Jeffreys {
   static constexpr bool kTwoValues = true, kPullFromMean = true;
   float beta;
   DIMO_HOST_DEVICE explicit Jeffreys(double parameter) : beta(static_cast<float>(parameter)) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return beta - 1.0f - beta * mean_x; }
+  DIMO_HOST_DEVICE F pull_from_mean(F mean_x) const { return beta - 1.0f - beta * mean_x; }
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
     const F reverse = -e.q * e.x;
     return {e.p * e.x, reverse, (beta - 1.0f) * e.p + beta * reverse};

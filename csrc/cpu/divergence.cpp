@@ -13,7 +13,7 @@ void token_divergence(const TokenDivergenceArgs& args, int num_threads) {
   constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
   const int64_t rows = kEntriesPerTask / std::max<int64_t>(args.shape.vocab, 1);
   const LogitRows& gradient = args.gradient;
-  const int64_t bytes = args.shape.rows * args.shape.vocab * (gradient.dtype == DType::float32 ? 4 : 2);
+  const int64_t bytes = args.shape.rows * args.shape.vocab * bytes_of(gradient.dtype);
   if (gradient.data != nullptr && is_dense(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
   const auto kernel = DIMO_PICK(token_divergence_rows);
   parallel_rows(args.shape.rows, std::max(rows / kRowsAcross * kRowsAcross, kRowsAcross), num_threads,
