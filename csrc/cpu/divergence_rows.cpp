@@ -151,6 +151,7 @@ class Tile {
 
  private:
   using Offsets = int64_t[Layout::kRows];
+  static constexpr int kInputs = 3;
 
   static bool alike(const LogitRows& a, const LogitRows& b) {
     return a.dtype == b.dtype && a.vocab_stride == 1 && b.vocab_stride == 1;
@@ -173,19 +174,19 @@ class Tile {
     factor_ = Layout::of_rows(factors);
   }
 
-  // Sweeps shall fetch what is read after them, from id begin of a row on: memory would idle while they compute.
+  // The first sweep shall fetch what is read after it, from id begin of a row on: memory would idle while it computes.
   void look_ahead(int64_t row, int64_t begin) {
-    if constexpr (Layout::kRows > 1) return;
     const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary};
-    for (int t = 0; t < 3; ++t) {
+    for (int t = 0; t < kInputs; ++t) {
       const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.teacher;
-      const int64_t element = row_offset(args_.shape, logits, row) + begin, size = bytes_of(logits.dtype);
-      ahead_[t] = static_cast<const char*>(logits.data) + element * size;
+      const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
+      ahead_[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
+      // Short rows follow one another, so do the rows of one id where the vocabulary is strided.
+      ahead_step_[t] = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
     }
   }
   DIMO_INLINE void fetch_ahead(int64_t i) const {
-    if constexpr (Layout::kRows > 1) return;
-    for (const char* from : ahead_) __builtin_prefetch(from + i * bytes_of(args_.teacher.dtype), 0, 2);
+    for (int t = 0; t < kInputs; ++t) __builtin_prefetch(ahead_[t] + i / kLanes * ahead_step_[t], 0, 2);
   }
 
   void read(const LogitRows& logits, const Offsets& offsets, int64_t begin, int64_t n, float* to) const {
@@ -445,7 +446,8 @@ class Tile {
   Guidance guidance_ = Guidance::off;
   Softmax teacher_softmax_, auxiliary_softmax_;
   const float rate_difference_;
-  const char* ahead_[3] = {};
+  const char* ahead_[kInputs] = {};
+  int64_t ahead_step_[kInputs] = {};  // bytes a register
   int64_t row_ = 0;
   const bool consecutive_;  // every tensor's rows, in one storage type, and along the lanes
   const bool streams_;      // the gradient goes past the caches
