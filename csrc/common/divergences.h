@@ -93,7 +93,10 @@ DIMO_HOST_DEVICE inline typename Math::F kl_term(typename Math::F p, typename Ma
 struct OneValue {
   static constexpr bool kTwoValues = false;
   static constexpr bool kPullFromMean = false;  // whether sum pull follows from sum q x; such have plain_terms too
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+  template <class F>
+  DIMO_HOST_DEVICE F combine(F value, F) const {
+    return value;
+  }
 };
 
 template <class Math>
@@ -147,9 +150,9 @@ struct Jeffreys {
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, beta * kInfinity, beta - 1.0f, kInfinity, 1.0f}; }
   // Infinities of opposite sign give +inf.
-  DIMO_HOST_DEVICE float combine(float forward, float reverse) const {
-    const float a = (1.0f - beta) * forward, b = beta * reverse;
-    return a == kInfinity || b == kInfinity ? kInfinity : a + b;
+  DIMO_HOST_DEVICE F combine(F forward, F reverse) const {
+    const F a = (1.0f - beta) * forward, b = beta * reverse, infinite = Math::splat(kInfinity);
+    return Math::select((a == infinite) | (b == infinite), infinite, a + b);
   }
 };
 

@@ -427,14 +427,16 @@ class Tile {
   }
 
   void finish(const int64_t* rows, int count, Vec value, Vec second, Int usable) const {
+    if (Layout::kRows == 1) usable = all(usable) ? ~Int{} : Int{};
+    const Vec divergence = dead_ ? Vec{} : divergence_.combine(value, second);
+    const Int lost = ~dead_ & (~usable | (divergence != divergence));
+    float values[kLanes];
+    store(values, divergence * factor_);
+    for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
+    if (args_.gradient.data == nullptr || !any(dead_ | lost)) return;
     for (int r = 0; r < count; ++r) {
-      const bool dead = dead_[r] != 0;
-      const float divergence = dead ? 0.0f : divergence_.combine(value[r], second[r]);
-      args_.value[rows[r]] = divergence * factor_[r];
-      if (args_.gradient.data == nullptr) continue;
-      const bool lost = (Layout::kRows == 1 ? any(~usable) : usable[r] == 0) || divergence != divergence;
-      if (dead || lost) zero_row(args_.shape, args_.gradient, rows[r]);
-      if (lost && !dead) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
+      if (dead_[r] != 0 || lost[r] != 0) zero_row(args_.shape, args_.gradient, rows[r]);
+      if (lost[r] != 0) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
     }
   }
 
