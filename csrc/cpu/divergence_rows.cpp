@@ -52,7 +52,9 @@ struct Softmax {
   // What sums relative to the top so far are multiplied with.
   DIMO_INLINE Vec raise(Vec higher) {
     const Vec usable = higher == -kInfinity ? Vec{} : higher;
-    const Vec factor = highest == -kInfinity ? VecMath::splat(1.0f) : VecMath::exp2((top - usable) * rate);
+    const Int first = highest == -kInfinity;
+    Vec factor = VecMath::splat(1.0f);
+    if (any(~first)) factor = first ? factor : VecMath::exp2((top - usable) * rate);
     sum *= factor;
     highest = higher;
     top = usable;
@@ -119,6 +121,21 @@ void mix(Guidance guidance, const T* cond, const T* uncond, const T* auxiliary, 
   }
 }
 
+// Brings memory into the second-level cache while a sweep computes: it would idle otherwise.
+struct Ahead {
+  static constexpr int kTensors = 3;
+  const char* data[kTensors];
+  int64_t step[kTensors];  // bytes a register
+
+  DIMO_INLINE void fetch() {
+#pragma GCC unroll 3
+    for (int t = 0; t < kTensors; ++t) {
+      __builtin_prefetch(data[t], 0, 2);
+      data[t] += step[t];
+    }
+  }
+};
+
 // kWhole: a row fits the buffers, so that it is read once and every weight is computed once.
 template <class Layout, class Divergence, bool kWhole>
 class Tile {
@@ -142,8 +159,8 @@ class Tile {
   // Rows that count, at most Layout::kRows of them, and the one that will be run next.
   void run(const int64_t* rows, int count, int64_t next) {
     locate(rows, count);
-    if (kWhole) look_ahead(next, 0);
     row_ = rows[0];
+    next_ = next;
     gather_statistics();
     if (args_.gradient.data != nullptr) sum_pull();
     write(rows, count);
@@ -151,7 +168,6 @@ class Tile {
 
  private:
   using Offsets = int64_t[Layout::kRows];
-  static constexpr int kInputs = 3;
 
   static bool alike(const LogitRows& a, const LogitRows& b) {
     return a.dtype == b.dtype && a.vocab_stride == 1 && b.vocab_stride == 1;
@@ -174,19 +190,18 @@ class Tile {
     factor_ = Layout::of_rows(factors);
   }
 
-  // The first sweep shall fetch what is read after it, from id begin of a row on: memory would idle while it computes.
-  void look_ahead(int64_t row, int64_t begin) {
+  // What is read after the first sweep, which fetches it, from id begin of a row on.
+  Ahead look_ahead(int64_t row, int64_t begin) const {
     const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary};
-    for (int t = 0; t < kInputs; ++t) {
+    Ahead ahead;
+    for (int t = 0; t < Ahead::kTensors; ++t) {
       const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.teacher;
       const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
-      ahead_[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
+      ahead.data[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
       // Short rows follow one another, so do the rows of one id where the vocabulary is strided.
-      ahead_step_[t] = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
+      ahead.step[t] = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
     }
-  }
-  DIMO_INLINE void fetch_ahead(int64_t i) const {
-    for (int t = 0; t < kInputs; ++t) __builtin_prefetch(ahead_[t] + i / kLanes * ahead_step_[t], 0, 2);
+    return ahead;
   }
 
   void read(const LogitRows& logits, const Offsets& offsets, int64_t begin, int64_t n, float* to) const {
@@ -287,13 +302,13 @@ class Tile {
     each_chunk([&](int64_t begin, int64_t n) {
       Tops tops{teacher_softmax_.highest, auxiliary_softmax_.highest};
       prepare(begin, n, tops);
-      if (!kWhole) look_ahead(row_, begin + n);
+      Ahead ahead = kWhole ? look_ahead(next_, 0) : look_ahead(row_, begin + n);
       teacher_softmax_.raise(Layout::max_over_row(tops.p));
       moment_ *= auxiliary_softmax_.raise(Layout::max_over_row(tops.q));
       const Softmax teacher = teacher_softmax_, auxiliary = auxiliary_softmax_;
       Vec sum_p = Vec{}, sum_q = Vec{}, moment = Vec{};
       each_register(n, [&](auto last, int64_t i) {
-        fetch_ahead(i);
+        ahead.fetch();
         const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
         const Vec p = teacher.weight(z_p), q = auxiliary.weight(z_q);
         sum_p += p;
@@ -448,9 +463,7 @@ class Tile {
   Guidance guidance_ = Guidance::off;
   Softmax teacher_softmax_, auxiliary_softmax_;
   const float rate_difference_;
-  const char* ahead_[kInputs] = {};
-  int64_t ahead_step_[kInputs] = {};  // bytes a register
-  int64_t row_ = 0;
+  int64_t row_ = 0, next_ = 0;
   const bool consecutive_;  // every tensor's rows, in one storage type, and along the lanes
   const bool streams_;      // the gradient goes past the caches
   Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};

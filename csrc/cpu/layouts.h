@@ -69,7 +69,8 @@ void read_run(const T* from, int64_t stride, int64_t n, float* to) {
 template <class T>
 DIMO_INLINE Vec load_some(const T* from, int64_t n) {
   float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? load_one(from + i) : -INFINITY;
+  store(lanes, minus_infinity());
+  for (int64_t i = 0; i < n; ++i) lanes[i] = load_one(from + i);
   return load(lanes);
 }
 
