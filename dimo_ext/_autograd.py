@@ -135,5 +135,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
 
 
 def _is_one(upstream: Tensor) -> bool:
-    """Whether the upstream gradient is known to be 1 without waiting for a device: plain ``loss.backward()``."""
-    return upstream.device.type == "cpu" and _is_plain(upstream) and upstream.dim() == 0 and upstream.item() == 1.0
+    """Whether the upstream gradient, of a loss or of a sum over tokens, is known to be 1 without a device's wait."""
+    if upstream.device.type != "cpu" or not _is_plain(upstream) or any(upstream.stride()) or upstream.numel() == 0:
+        return False
+    return upstream[(0,) * upstream.dim()].item() == 1.0  # all are this one number

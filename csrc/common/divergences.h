@@ -43,6 +43,9 @@ constexpr float kNearTops = 16.0f;
 // Where |log p/q| is below this, series stand for differences that would cancel; elsewhere they may overflow, unused.
 constexpr float kNear = 0.5f;
 
+// From this reverse KL on, in nats, nothing cancels in sums of p log(p/q).
+constexpr float kFarApart = 0.05f;
+
 // exp(y) - 1 - y for |y| <= kNear, relative error about 1e-7.
 template <class Math>
 DIMO_HOST_DEVICE inline typename Math::F expm1_minus_near(typename Math::F y) {
@@ -90,7 +93,10 @@ DIMO_HOST_DEVICE inline typename Math::F kl_term(typename Math::F p, typename Ma
 struct OneValue {
   static constexpr bool kTwoValues = false;
   static constexpr bool kPullFromMean = false;  // whether sum pull follows from sum q x; such have plain_terms too
-  DIMO_HOST_DEVICE float combine(float value, float) const { return value; }
+  template <class F>
+  DIMO_HOST_DEVICE F combine(F value, F) const {
+    return value;
+  }
 };
 
 template <class Math>
@@ -98,7 +104,7 @@ struct ForwardKL : OneValue {
   using F = typename Math::F;
   static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ForwardKL(double) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float) const { return -1.0f; }
+  DIMO_HOST_DEVICE F pull_from_mean(F) const { return Math::splat(-1.0f); }
   // Where p and q lie apart: sum (q - p) is 0.
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const { return {e.p * e.x, Math::splat(0.0f), -e.p}; }
   DIMO_HOST_DEVICE Terms<F> terms(const Entry<F>& e) const {
@@ -112,7 +118,7 @@ struct ReverseKL : OneValue {
   using F = typename Math::F;
   static constexpr bool kPullFromMean = true;
   DIMO_HOST_DEVICE explicit ReverseKL(double) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return -mean_x; }
+  DIMO_HOST_DEVICE F pull_from_mean(F mean_x) const { return -mean_x; }
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
     const F pull = -e.q * e.x;
     return {pull, Math::splat(0.0f), pull};
@@ -130,7 +136,7 @@ struct Jeffreys {
   static constexpr bool kTwoValues = true, kPullFromMean = true;
   float beta;
   DIMO_HOST_DEVICE explicit Jeffreys(double parameter) : beta(static_cast<float>(parameter)) {}
-  DIMO_HOST_DEVICE float pull_from_mean(float mean_x) const { return beta - 1.0f - beta * mean_x; }
+  DIMO_HOST_DEVICE F pull_from_mean(F mean_x) const { return beta - 1.0f - beta * mean_x; }
   DIMO_HOST_DEVICE Terms<F> plain_terms(const Entry<F>& e) const {
     const F reverse = -e.q * e.x;
     return {e.p * e.x, reverse, (beta - 1.0f) * e.p + beta * reverse};
@@ -144,9 +150,9 @@ struct Jeffreys {
   }
   DIMO_HOST_DEVICE Limits limits() const { return {1.0f, kInfinity, beta * kInfinity, beta - 1.0f, kInfinity, 1.0f}; }
   // Infinities of opposite sign give +inf.
-  DIMO_HOST_DEVICE float combine(float forward, float reverse) const {
-    const float a = (1.0f - beta) * forward, b = beta * reverse;
-    return a == kInfinity || b == kInfinity ? kInfinity : a + b;
+  DIMO_HOST_DEVICE F combine(F forward, F reverse) const {
+    const F a = (1.0f - beta) * forward, b = beta * reverse, infinite = Math::splat(kInfinity);
+    return Math::select((a == infinite) | (b == infinite), infinite, a + b);
   }
 };
 

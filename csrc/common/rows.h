@@ -29,6 +29,9 @@ struct LogitRows {
 
 // Static, like everything that a file compiled for several instruction sets includes: no copy is merged into another.
 
+// Of one element.
+DIMO_HOST_DEVICE static inline int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 // Merges neighbouring dimensions that no tensor tells apart: most calls keep one.
 template <int kTensors>
 static inline void merge_dims(RowShape& shape, LogitRows* const (&tensors)[kTensors]) {

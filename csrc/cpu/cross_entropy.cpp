@@ -37,7 +37,7 @@ void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads) {
   constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
   *args.factor = args.mean ? args.scale / static_cast<float>(std::max<int64_t>(count_tokens(args), 1)) : args.scale;
   const LogitRows& gradient = args.gradient;
-  const int64_t bytes = args.shape.rows * args.shape.vocab * (gradient.dtype == DType::float32 ? 4 : 2);
+  const int64_t bytes = args.shape.rows * args.shape.vocab * bytes_of(gradient.dtype);
   if (gradient.data != nullptr && is_dense(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
   const int64_t rows = kEntriesPerTask / args.shape.vocab;
   const auto kernel = DIMO_PICK(cross_entropy_rows);

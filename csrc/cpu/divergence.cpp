@@ -9,11 +9,14 @@
 namespace dimo::cpu {
 
 void token_divergence(const TokenDivergenceArgs& args, int num_threads) {
-  constexpr int64_t kEntriesPerTask = 65536;  // about 0.1 ms
-  constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
-  const int64_t rows = kEntriesPerTask / std::max<int64_t>(args.shape.vocab, 1);
+  // About 0.1 ms, or where that leaves tasks enough a huge page of fresh memory, which two threads would both clear.
+  constexpr int64_t kFewEntries = 65536, kManyEntries = 524288, kTasksPerThread = 16;
+  constexpr int64_t kRowsAcross = 16;  // short rows are taken so many at a time
+  const int64_t share = args.shape.rows * args.shape.vocab / (kTasksPerThread * std::max(num_threads, 1));
+  const int64_t entries = std::clamp(share, kFewEntries, kManyEntries);
+  const int64_t rows = entries / std::max<int64_t>(args.shape.vocab, 1);
   const LogitRows& gradient = args.gradient;
-  const int64_t bytes = args.shape.rows * args.shape.vocab * (gradient.dtype == DType::float32 ? 4 : 2);
+  const int64_t bytes = args.shape.rows * args.shape.vocab * bytes_of(gradient.dtype);
   if (gradient.data != nullptr && is_dense(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
   const auto kernel = DIMO_PICK(token_divergence_rows);
   parallel_rows(args.shape.rows, std::max(rows / kRowsAcross * kRowsAcross, kRowsAcross), num_threads,

@@ -21,13 +21,59 @@ constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the l
 
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
 
+// Of a comparison's lanes.
 DIMO_INLINE bool any(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
   int32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= mask[i];
   return found != 0;
+#endif
+}
+DIMO_INLINE bool all(Int mask) { return !any(~mask); }
+
+DIMO_INLINE Int is_finite(Vec x) { return VecMath::abs(x) < INFINITY; }
+
+DIMO_INLINE Int lane_numbers() {
+  Int lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+template <int kDistance, size_t... i>
+DIMO_INLINE Vec exchanged(Vec x, std::index_sequence<i...>) {
+  return __builtin_shufflevector(x, x, (static_cast<int>(i) ^ kDistance)...);
+}
+
+// fold(fold(lane 0, lane 8), ...) and so on, in every lane.
+template <int kDistance = kLanes / 2, class Fold>
+DIMO_INLINE Vec fold_lanes(Vec x, const Fold& fold) {
+  x = fold(x, exchanged<kDistance>(x, std::make_index_sequence<kLanes>{}));
+  if constexpr (kDistance > 1) return fold_lanes<kDistance / 2>(x, fold);
+  return x;
 }
 
 // --- between memory and buffers -------------------------------------------------------------------------------------
+
+// The first n < kLanes of a register, the others are -inf.
+template <class T>
+DIMO_INLINE Vec load_some(const T* from, int64_t n) {
+  float lanes[kLanes];
+  store(lanes, minus_infinity());
+  for (int64_t i = 0; i < n; ++i) lanes[i] = load_one(from + i);
+  return load(lanes);
+}
+
+// write_run with stream().
+[[maybe_unused]] void stream_run(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % sizeof(Vec) != 0; ++i) to[i] = from[i];
+  for (; i + kLanes <= n; i += kLanes) stream(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
 
 // The largest magnitude that does not round to infinity lies below this.
 [[maybe_unused]] float overflow_bound(DType dtype) {
@@ -64,19 +110,12 @@ struct Along {
   static int64_t full(int64_t n) { return n / kLanes; }
   static int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes; }
 
+  static Vec of_rows(const float (&x)[kRows]) { return VecMath::splat(x[0]); }
   static Vec max_over_row(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return VecMath::splat(lanes[0]);
+    return fold_lanes(x, [](Vec a, Vec b) { return VecMath::max(a, b); });
   }
   static Vec sum_over_row(Vec x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return VecMath::splat(lanes[0]);
+    return fold_lanes(x, [](Vec a, Vec b) { return a + b; });
   }
 };
 
@@ -156,6 +195,7 @@ struct Across {
   }
   static int64_t full(int64_t n) { return n; }
   static int64_t padded(int64_t n) { return n; }
+  static Vec of_rows(const float (&x)[kRows]) { return load(x); }
   static Vec max_over_row(Vec x) { return x; }
   static Vec sum_over_row(Vec x) { return x; }
 };

@@ -1,4 +1,4 @@
-// How fresh memory is had cheaply.
+// How much memory is had and written cheaply. Static: kernels of several instruction sets include this.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,14 @@
 
 namespace dimo::cpu {
 
+constexpr int64_t kLargeBytes = int64_t{8} << 20;  // more than what the next reader finds in a cache
+
 // Asks for huge pages where many bytes are about to be written for the first time: a large tensor comes from the
 // system page by page, which costs several times as much as writing it. A hint: refused, nothing changes.
-inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+static inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
-  constexpr int64_t kLarge = int64_t{8} << 20;
-  if (bytes < kLarge) return;
+  if (bytes < kLargeBytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

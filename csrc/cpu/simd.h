@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -233,6 +233,26 @@ DIMO_INLINE void store(Half* to, Vec v) {
   store_bytes(to, __builtin_convertvector(h | sign >> 16, Bits16));
 }
 #endif
+
+// Past the caches: a line that is written whole need not be read first. `to` is aligned to a register. finish_streams()
+// comes before another thread may read.
+DIMO_INLINE void stream(float* to, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, v);
+#else
+  store(to, v);
+#endif
+}
+
+DIMO_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // One element, which a loop over strided ones reads and writes.
 

@@ -20,9 +20,6 @@ struct Rates {
         base_2_q(q * kLog2E) {}
 };
 
-// From this reverse KL on, in nats, nothing cancels in sums of p log(p/q).
-constexpr float kFarApart = 0.05f;
-
 // What the threads of a row agree upon before the terms are summed.
 struct Agreed {
   float top_p, top_q, log2_sum_p, log2_sum_q;

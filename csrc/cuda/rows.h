@@ -49,7 +49,6 @@ __device__ inline void with_type(DType dtype, const Body& body) {
   }
 }
 
-__host__ __device__ inline int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 __device__ inline int log2_bytes_of(DType dtype) { return dtype == DType::float32 ? 2 : 1; }
 
 // The largest magnitude that does not round to infinity lies below this.
