@@ -358,9 +358,7 @@ def test_sample_from_the_top_k(shim, vocab, top_k, top_p):
     logits[2, vocab // 3 :] = -torch.inf
     logits[3] = 1.5
     logits[4, 0] = torch.nan
-    assert_same_draws(
-        lambda: dx.sample_categorical(logits, key=dx.random_key(9), top_k=min(top_k, vocab), top_p=top_p)
-    )
+    assert_same_draws(lambda: dx.sample_categorical(logits, key=dx.random_key(9), top_k=min(top_k, vocab), top_p=top_p))
 
 
 @pytest.mark.parametrize("order", ORDERS)
