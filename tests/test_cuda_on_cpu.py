@@ -189,15 +189,15 @@ NAMES = [*(name for name in DIVERGENCES if name not in ("jeffreys", "alpha")), "
 
 
 @pytest.mark.parametrize(
-    ("vocab", "name", "dtype", "layout", "pattern"),
-    cross(VOCABULARIES, NAMES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "near"]),
+    ("vocab", "name", "dtype", "layout", "pattern", "temperature"),
+    cross(VOCABULARIES, NAMES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "near"], [1.0, 0.9]),
 )
-def test_token_divergence(shim, vocab, name, dtype, layout, pattern):
+def test_token_divergence(shim, vocab, name, dtype, layout, pattern, temperature):
     """Every geometry, divergence, dtype, layout and kind of logits against float64; some rows do not count."""
     shim.order(vocab)
     teacher, auxiliary, uncond = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 3)
     mask = torch.arange(21).view(3, 7) % 3 > 0
-    options = {"guidance_scale": torch.tensor([1.0, 1.5, -0.5]), "teacher_temperature": 0.9, "mask": mask}
+    options = {"guidance_scale": torch.tensor([1.0, 1.5, -0.5]), "teacher_temperature": temperature, "mask": mask}
     actual = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
     with dx.use_backend("reference"):
         expected = value_and_gradient(

@@ -95,12 +95,11 @@ class FastRow {
     const Divergence divergence(args.parameter);
     const bool wanted = args.gradient.data != nullptr;
     forget_sweep();
+    const bool mean_is_known = Divergence::kPullFromMean && rates.difference == 0.0f;
     float pull = 0.0f;
     if (wanted) {
-      if constexpr (Divergence::kPullFromMean) {
-        if (rates.difference != 0.0f) return false;
-        pull = divergence.pull_from_mean(a_.mean_x);
-      } else {
+      if constexpr (Divergence::kPullFromMean) pull = divergence.pull_from_mean(a_.mean_x);
+      if (!mean_is_known) {
         float sum[] = {0.0f};
         each([&](int s) { sum[0] += divergence.terms(entry(rates, s)).pull; });
         team.template fold_all<Fold::sum>(sum);
@@ -119,7 +118,7 @@ class FastRow {
       take(s, gradient);
     };
     bool far = false;
-    if constexpr (Divergence::kPullFromMean) far = -a_.mean_x > kFarApart;
+    if constexpr (Divergence::kPullFromMean) far = mean_is_known && -a_.mean_x > kFarApart;
     if (far) {
       if constexpr (Divergence::kPullFromMean) {
         each([&](int s) {
