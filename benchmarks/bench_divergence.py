@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import Candidate, arguments, copy_bandwidth, report, result_rows, time_interleaved
+from common import Candidate, arguments, chosen, copy_bandwidth, report, result_rows, time_interleaved
 from torch import Tensor
 
 import dimo_ext
@@ -107,9 +107,7 @@ def main() -> None:
     on_gpu = args.device.type == "cuda"
     ceiling, rows = copy_bandwidth(args.device), []
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-        for count, vocab, share in GPU_CASES if on_gpu else CPU_CASES:
-            if args.vocab and vocab not in args.vocab:
-                continue
+        for count, vocab, share in chosen(GPU_CASES if on_gpu else CPU_CASES, args.vocab):
             generator = torch.Generator(args.device).manual_seed(0)
             *logits, draws = (
                 *(torch.randn(count, vocab, generator=generator, device=args.device).to(dtype) for _ in range(3)),

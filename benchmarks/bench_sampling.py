@@ -12,7 +12,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from common import Candidate, arguments, copy_bandwidth, report, result_rows, time_interleaved
+from common import Candidate, arguments, chosen, copy_bandwidth, report, result_rows, time_interleaved
 from torch import Tensor
 
 import dimo_ext
@@ -82,9 +82,7 @@ def main() -> None:
     on_gpu = args.device.type == "cuda"
     ceiling, rows = copy_bandwidth(args.device), []
     for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-        for count, vocab in GPU_CASES if on_gpu else CPU_CASES:
-            if args.vocab and vocab not in args.vocab:
-                continue
+        for count, vocab in chosen(GPU_CASES if on_gpu else CPU_CASES, args.vocab):
             generator = torch.Generator(args.device).manual_seed(0)
             logits, other = (
                 (2.0 * torch.randn(count, vocab, generator=generator, device=args.device)).to(dtype) for _ in range(2)

@@ -139,6 +139,17 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen(cases: Sequence[tuple], vocab: Sequence[int] | None) -> list[tuple]:
+    """The cases, (rows, vocabulary, ...), with these vocabularies; all without."""
+    if not vocab:
+        return list(cases)
+    there = sorted({case[1] for case in cases})
+    unknown = sorted(set(vocab) - set(there))
+    if unknown:
+        raise SystemExit(f"--vocab: expected some of {there}, got {unknown}")
+    return [case for case in cases if case[1] in vocab]
+
+
 def _warm_up(call: Candidate, device: torch.device) -> float | None:
     call()
     if device.type != "cuda":
