@@ -28,8 +28,8 @@ class Golden(dict[str, Tensor]):
 
 
 def released(name: str, folder: Path) -> Path:
-    """Write a released folder at tiny size: the files of fixtures/original, weights from the golden files."""
-    shutil.copytree(FIXTURES / "original" / name, folder, dirs_exist_ok=True)
+    """Write a released folder at tiny size: the files of this folder, weights from the golden files."""
+    shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
     if name == "mdlm":
         state = {f"backbone.{key}": value for key, value in Golden("mdlm_dit").state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> None:
 def distill(config: DistillConfig) -> None:
     """Distil a teacher into a one-step generator."""
     device = resolve_device(config.run.device)
-    teacher = load_teacher(config.teacher.kind, config.teacher.path).to(device)
+    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options()).to(device)
     digits = isinstance(teacher, DigitsTeacher)  # the data set that metrics exist for
     if digits:
         for module in ("sklearn.svm", "matplotlib.figure"):

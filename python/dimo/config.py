@@ -154,7 +154,19 @@ class TeacherConfig:
     kind: str = "digits"
     """Its kind; "digits" ships with the package."""
     path: str | None = None
-    """Folder with model.safetensors and config.json; None = the weights that ship with the package."""
+    """A folder written by dimo or a checkpoint as its authors published it, or the Hugging Face id of one; None = the
+    weights that ship with the package."""
+    tokenizer: str | None = None
+    """The published tokeniser, where it is a file of its own: path or Hugging Face id."""
+    heads: int | None = None
+    """Attention heads of a published checkpoint whose file does not tell; None = those of the published sizes."""
+
+    def __post_init__(self) -> None:
+        _check(self.heads is None or self.heads >= 1, "heads", "None or an integer >= 1", self.heads)
+
+    def options(self) -> dict[str, Any]:
+        """Return what is set besides kind and path: arguments of :func:`dimo.load_teacher` by name."""
+        return {k: v for k, v in to_dict(self).items() if k not in ("kind", "path") and v is not None}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +14,18 @@ from torch import Tensor
 from dimo_ext.random import random_integers
 
 from ..networks.maskgit import MaskGITConfig, MaskTransformer
+from ..state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, read_state_dict, shape_of
+from ..tokenizers import VQGANTokenizer
 from .base import Teacher, perturbation
+
+_HEADS = {768: 16}  # of the published width
 
 
 class MaskGITTeacher(Teacher):
     """A class-conditional :class:`~dimo.networks.maskgit.MaskTransformer`; ``condition`` is int64 class ids ``[B]``."""
 
     kind: ClassVar[str] = "maskgit"
+    published: ClassVar[bool] = True
 
     def __init__(self, network: MaskTransformer) -> None:
         super().__init__()
@@ -33,6 +41,26 @@ class MaskGITTeacher(Teacher):
     def network_config(self) -> dict[str, Any]:
         """Return the sizes of the network."""
         return dataclasses.asdict(self.network.config)
+
+    @classmethod
+    def from_original(
+        cls, path: str | os.PathLike, *, tokenizer: str | os.PathLike | None = None, heads: int | None = None
+    ) -> MaskGITTeacher:
+        """Load a checkpoint of MaskGIT-pytorch v1.0, or the bare weights of Di[M]O's released generator.
+
+        Args:
+            path: ``MaskGIT_ImageNet_256.pth`` (weights under "model_state_dict") or ``pytorch_model.bin``.
+            tokenizer: taming-transformers' VQGAN, see :class:`~dimo.tokenizers.VQGANTokenizer`; None = tokens only,
+                for the published 1,024 tokens.
+            heads: None = those of the published width, 768.
+        """
+        decoder = None if tokenizer is None else VQGANTokenizer.from_original(tokenizer)
+        state = read_state_dict(Path(path), "model_state_dict")
+        vocab_size = decoder.vocab_size if decoder else MaskGITConfig.vocab_size
+        model = build_on_meta(lambda: cls(MaskTransformer(_sizes(state, vocab_size, heads, path))), path)
+        load_exactly(model.network, state, path, assign=True)
+        model.attach(decoder)
+        return model
 
     def logits(
         self,
@@ -56,10 +84,25 @@ class MaskGITTeacher(Teacher):
         """Draw uniform class ids ``[B]``."""
         return random_integers(key, batch_size, self.num_classes)
 
-    def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Raise: a bare transformer has no image tokeniser."""
-        raise ValueError(f"teacher kind {self.kind!r} has no tokeniser to decode tokens with")
-
     def frozen_parameters(self) -> list[str]:
         """Token and position embeddings and the output bias, as in the official Di[M]O recipe."""
         return ["network.tok_emb.weight", "network.pos_emb", "network.bias"]
+
+
+def _sizes(state: dict[str, Tensor], vocab_size: int, heads: int | None, path: str | os.PathLike) -> MaskGITConfig:
+    """Read the sizes off the shapes; ids are tokens, [MASK], classes, the null class."""
+    ids, width = shape_of(state, "tok_emb.weight", 2, path)
+    seq_len = shape_of(state, "pos_emb", 3, path)[1] - 1
+    num_classes = ids - vocab_size - 2
+    if num_classes < 1 or math.isqrt(seq_len) ** 2 != seq_len:
+        raise CheckpointError(
+            f"{path}: expected {vocab_size} tokens (the tokeniser's, or the published count without one) and classes "
+            f"among its ids, a square of positions, got {ids} ids, {seq_len} positions"
+        )
+    if heads is None and width not in _HEADS:
+        raise CheckpointError(f"teacher heads: {path} does not tell them, and its width {width} is not a published one")
+    return MaskGITConfig(
+        grid_size=math.isqrt(seq_len), vocab_size=vocab_size, num_classes=num_classes, width=width,
+        depth=count_layers(state, "transformer.layers."), heads=heads or _HEADS[width],
+        mlp_width=shape_of(state, "transformer.layers.0.1.fn.net.0.weight", 2, path)[0],
+    )  # fmt: skip
