@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_CODEBOOK = "quantize.embedding.weight"
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -27,15 +30,44 @@ class Golden(dict[str, Tensor]):
         return {key.removeprefix("state."): value for key, value in self.items() if key.startswith("state.")}
 
 
-def released(name: str, folder: Path) -> Path:
-    """Write a released folder at tiny size: the files of this folder, weights from the golden files."""
+def released(name: str, folder: Path, *, codes: int = 32) -> Path:
+    """Write a released folder at tiny size: its files under fixtures, weights from the golden files.
+
+    The golden image tokeniser has 24 codes; the first come again until there are as many as the transformers have.
+    """
     shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
     if name == "mdlm":
         state = {f"backbone.{key}": value for key, value in Golden("mdlm_dit").state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     transformer = {"amused": "amused_uvit2d", "meissonic": "meissonic_transformer_1024layout"}[name]
-    for part, golden in (("transformer", transformer), ("vqvae", "diffusers_vqmodel")):
-        path = folder / part / "diffusion_pytorch_model.safetensors"
-        save_file(Golden(golden).state, path, metadata={"format": "pt"})
+    _write_component(folder / "transformer", Golden(transformer).state)
+    state = Golden("diffusers_vqmodel").state
+    state[_CODEBOOK] = torch.cat([state[_CODEBOOK], state[_CODEBOOK][: codes - len(state[_CODEBOOK])]])
+    _write_component(folder / "vqvae", state, num_vq_embeddings=codes)
+    return folder
+
+
+def _write_component(folder: Path, state: dict[str, Tensor], **config: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def text_encoder(folder: Path, *, states: int, pooled: int, positions: int = 12) -> Path:
+    """Write a tiny CLIP text encoder and its tokeniser, which knows lower-case letters one by one, as released."""
+    transformers = pytest.importorskip("transformers", reason="text encoders need dimo-ext[hub]")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    vocab |= {token: i for i, token in enumerate([*letters, *(f"{c}</w>" for c in letters)], len(vocab))}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=positions)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=states, intermediate_size=2 * states, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=positions, projection_dim=pooled, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder")
     return folder

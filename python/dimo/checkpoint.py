@@ -23,7 +23,7 @@ from .tokenizers import TOKENIZERS, Tokenizer
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.safetensors"
-PATTERNS = (WEIGHTS, CONFIG, TOKENIZER)  # of a folder that dimo wrote
+PATTERNS = (WEIGHTS, CONFIG, TOKENIZER, "text_encoder/*", "tokenizer/*")  # of a folder that dimo wrote
 SHIPPED = Path(__file__).parent / "weights"
 ModelT = TypeVar("ModelT", Teacher, Tokenizer)
 
@@ -56,6 +56,7 @@ def save_model(folder: str | os.PathLike, model: Teacher, model_format: str, **e
         _write_weights(temporary / WEIGHTS, model)
         if tokenizer is not None:
             _write_weights(temporary / TOKENIZER, tokenizer)
+        model.save_parts(temporary)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
@@ -100,6 +101,7 @@ def load_model(folder: str | os.PathLike) -> tuple[Teacher, dict[str, Any]]:
     model = _build(TEACHERS[config["kind"]], config.get("network"), folder, WEIGHTS)
     if config.get("tokenizer") is not None:
         model.attach(_load_tokenizer(config["tokenizer"], folder))
+    model.load_parts(folder)
     return model.eval().requires_grad_(False), config
 
 

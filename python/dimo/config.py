@@ -160,13 +160,50 @@ class TeacherConfig:
     """The published tokeniser, where it is a file of its own: path or Hugging Face id."""
     heads: int | None = None
     """Attention heads of a published checkpoint whose file does not tell; None = those of the published sizes."""
+    seq_len: int | None = None
+    """Length of the texts of a text model; None = its own."""
+    grid_size: int | None = None
+    """Tokens along a side of a text-to-image model's pictures; None = its own."""
+    text_encoder: str | None = None
+    """Folder or Hugging Face id with text_encoder and tokenizer, where they do not lie beside the transformer."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None = the empty prompt."""
+    long_prompts: Literal["truncate", "error"] | None = None
+    """Prompts of more tokens than the text encoder has positions: None = truncate them with a notice."""
+    micro_conditions: tuple[float, float, float, float, float] | None = None
+    """Width, height, crop top, crop left, aesthetic score; None = an uncropped picture of the model's size, score 6."""
+    timestep: Literal["mask_ratio", "scaled_mask_ratio", "zero"] | None = None
+    """What Meissonic gets as its time; zero is what Di[M]O's released one-step weights need. None = mask_ratio."""
 
     def __post_init__(self) -> None:
-        _check(self.heads is None or self.heads >= 1, "heads", "None or an integer >= 1", self.heads)
+        for name in ("heads", "seq_len", "grid_size"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "None or an integer >= 1", value)
 
     def options(self) -> dict[str, Any]:
         """Return what is set besides kind and path: arguments of :func:`dimo.load_teacher` by name."""
         return {k: v for k, v in to_dict(self).items() if k not in ("kind", "path") and v is not None}
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """The prompts that a text-to-image student is trained on."""
+
+    path: str | None = None
+    """A text file (a prompt a line), a .csv or .jsonl file, or the folder or Hugging Face id of a data set."""
+    column: str = "text"
+    """Column of a .csv, .jsonl or data set."""
+    split: str = "train"
+    """Split of a data set."""
+    limit: int | None = None
+    """Use the first so many; None = all."""
+    cache: str | None = None
+    """Folder of the encoded prompts, each encoded once; None = ~/.cache/dimo/prompts."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of the encoded prompts on disk: 155 KiB a prompt in half precision for 77 tokens of 1,024 channels."""
+
+    def __post_init__(self) -> None:
+        _check(self.limit is None or self.limit >= 1, "limit", "None or an integer >= 1", self.limit)
 
 
 @dataclass(frozen=True)
@@ -254,6 +291,7 @@ class DistillConfig:
 
     run: RunConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     student: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=5e-4, betas=(0.5, 0.99)))
     auxiliary: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1.5e-3, betas=(0.5, 0.99)))

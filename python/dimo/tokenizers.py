@@ -10,8 +10,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from .diffusers_layout import read_component
+from .files import import_extra
 from .networks.vqgan import VQGAN, VQGANConfig
 from .state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, locate, read_state_dict, shape_of
 
@@ -88,9 +91,7 @@ class VQGANTokenizer(Tokenizer):
 
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Return images float ``[B, C, H, W]`` in [0, 1]; L must be a square."""
-        side = math.isqrt(tokens_BL.shape[1])
-        if side * side != tokens_BL.shape[1]:
-            raise ValueError(f"tokens_BL: expected a square number of positions, got {tokens_BL.shape[1]}")
+        side = _side(tokens_BL)
         return (0.5 * self.network.decode(tokens_BL.unflatten(1, (side, side))) + 0.5).clamp(0, 1)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -98,7 +99,98 @@ class VQGANTokenizer(Tokenizer):
         return self.network.encode(2.0 * images - 1.0).flatten(1)
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (VQGANTokenizer,)}
+class DiffusersTokenizer(Tokenizer):
+    """Square images through diffusers' VQModel: those of Meissonic and aMUSEd."""
+
+    kind: ClassVar[str] = "diffusers_vq"
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.vocab_size = network, network.config.num_vq_embeddings
+
+    @property
+    def scale(self) -> int:
+        """Pixels a token, along each side."""
+        return 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    @classmethod
+    def build(cls, network_config: dict[str, Any]) -> DiffusersTokenizer:
+        """Return a tokeniser of the given sizes, under diffusers' names."""
+        diffusers = import_extra("diffusers", "the image tokeniser", extra="hub")
+        return cls(diffusers.VQModel.from_config(network_config))
+
+    def network_config(self) -> dict[str, Any]:
+        """Return diffusers' sizes of the network."""
+        return {name: value for name, value in self.network.config.items() if not name.startswith("_")}
+
+    @classmethod
+    def from_original(cls, path: str | os.PathLike) -> DiffusersTokenizer:
+        """Load a diffusers folder with vqvae, or the folder vqvae itself; a Hugging Face id of the first."""
+        source = locate(path, ("vqvae/*",))
+        config, state = read_component(source, "vqvae", "VQModel")
+        model = build_on_meta(lambda: cls.build(config), source)
+        load_exactly(model.network, state, source, assign=True)
+        return model
+
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Return images float ``[B, 3, H, W]`` in [0, 1]; L must be a square. One after the other: they are large."""
+        side = _side(tokens_BL)
+        return torch.cat([self._decode(row.unflatten(1, (side, side))) for row in tokens_BL.split(1)])
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        shape = (*codes.shape, self.network.config.latent_channels)
+        return self.network.decode(codes, force_not_quantize=True, shape=shape).sample.clamp(0, 1)
+
+
+class TextTokenizer(Tokenizer):
+    """Texts through a tokeniser of transformers; it has no weights, all of it stands in the configuration."""
+
+    kind: ClassVar[str] = "text"
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
+
+    @classmethod
+    def build(cls, network_config: dict[str, Any]) -> TextTokenizer:
+        """Return the tokeniser of ``network_config["json"]``, the text of a tokenizer.json."""
+        transformers = import_extra("transformers", "the text tokeniser", extra="hub")
+        backend = import_extra("tokenizers", "the text tokeniser", extra="hub").Tokenizer.from_str(
+            network_config["json"]
+        )
+        return cls(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    def network_config(self) -> dict[str, Any]:
+        """Return the tokeniser as the text of a tokenizer.json."""
+        return {"json": self.tokenizer.backend_tokenizer.to_str()}
+
+    @classmethod
+    def from_original(cls, path: str | os.PathLike) -> TextTokenizer:
+        """Load a tokeniser of transformers from a folder or a Hugging Face id (MDLM: openai-community/gpt2)."""
+        source = locate(path, ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "config.json"))
+        transformers = import_extra("transformers", "the text tokeniser", extra="hub")
+        try:
+            return cls(transformers.AutoTokenizer.from_pretrained(source, local_files_only=True))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(
+                f"tokenizer: expected a folder of a transformers tokeniser, got {path}: {reason}"
+            ) from None
+
+    def decode(self, tokens_BL: Tensor) -> list[str]:
+        """Return a text a row."""
+        return self.tokenizer.batch_decode(tokens_BL.tolist(), clean_up_tokenization_spaces=False)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (VQGANTokenizer, DiffusersTokenizer, TextTokenizer)}
+
+
+def _side(tokens_BL: Tensor) -> int:
+    """Return the square root of L; raises ValueError where there is none."""
+    side = math.isqrt(tokens_BL.shape[1])
+    if side * side != tokens_BL.shape[1]:
+        raise ValueError(f"tokens_BL: expected a square number of positions, got {tokens_BL.shape[1]}")
+    return side
 
 
 # --- VQGAN: what the published names and shapes tell ----------------------------------------------------------------

@@ -103,9 +103,11 @@ class _Block(nn.Module):
     def __init__(self, config: MDLMConfig) -> None:
         super().__init__()
         width, self.heads = config.hidden_dim, config.n_heads
-        self.norm1, self.norm2 = _LayerNorm(width), _LayerNorm(width)
+        # In the original's order: training checkpoints list their moving averages in it, without names.
+        self.norm1 = _LayerNorm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = _LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.adaLN_modulation = _zero_linear(config.cond_dim, 6 * width)
         self.dropout = nn.Dropout(config.dropout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -81,6 +82,10 @@ class Teacher(nn.Module, ABC):
             key: of the noise; needed when ``embedding_noise`` > 0.
         """
 
+    def condition(self, inputs: Any) -> Condition:
+        """Return the condition of what a user asks for: class ids, prompts, or a condition itself."""
+        return inputs
+
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """Return the unconditional condition for classifier-free guidance."""
@@ -120,6 +125,12 @@ class Teacher(nn.Module, ABC):
             CheckpointError: another layout, or a kind that has none of its own.
         """
         raise CheckpointError(f"{path}: kind {cls.kind!r} has no published layout, expected a folder written by dimo")
+
+    def save_parts(self, folder: Path) -> None:
+        """Write what belongs to the model besides weights and tokeniser, as subfolders."""
+
+    def load_parts(self, folder: Path) -> None:
+        """Read what :meth:`save_parts` wrote, if it is there."""
 
     def frozen_parameters(self) -> list[str]:
         """Names of parameters that the published recipe keeps fixed in the student; used by ``freeze: recipe``."""
