@@ -65,7 +65,7 @@ class VQGANTokenizer(Tokenizer):
 
     @classmethod
     def from_original(cls, path: str | os.PathLike, *, encoder: bool = False) -> VQGANTokenizer:
-        """Load taming-transformers' ``last.ckpt`` or LlamaGen's ``vq_ds16_c2i.pt``; the weights tell which and the sizes.
+        """Load taming's ``last.ckpt`` or LlamaGen's ``vq_ds16_c2i.pt``; the weights tell which and all sizes.
 
         Args:
             path: the file, or a folder with ``last.ckpt``; a Hugging Face id of the file.
