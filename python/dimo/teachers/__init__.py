@@ -2,8 +2,9 @@
 
 from .base import Condition, Teacher
 from .digits import DigitsTeacher
+from .halton import HaltonTeacher
 from .maskgit import MaskGITTeacher
 
-TEACHERS: dict[str, type[Teacher]] = {cls.kind: cls for cls in (DigitsTeacher, MaskGITTeacher)}
+TEACHERS: dict[str, type[Teacher]] = {cls.kind: cls for cls in (DigitsTeacher, MaskGITTeacher, HaltonTeacher)}
 
-__all__ = ["TEACHERS", "Condition", "DigitsTeacher", "MaskGITTeacher", "Teacher"]
+__all__ = ["TEACHERS", "Condition", "DigitsTeacher", "HaltonTeacher", "MaskGITTeacher", "Teacher"]
