@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimo_ext.random import random_integers
 
@@ -59,6 +59,14 @@ class MaskGITTeacher(Teacher):
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Raise: a bare transformer has no image tokeniser."""
         raise ValueError(f"teacher kind {self.kind!r} has no tokeniser to decode tokens with")
+
+    def layers(self) -> list[nn.Module]:
+        """Return the transformer's layers."""
+        return list(self.network.transformer.layers)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute layer by layer in the backward pass."""
+        self.network.transformer.recompute = True
 
     def frozen_parameters(self) -> list[str]:
         """Token and position embeddings and the output bias, as in the official Di[M]O recipe."""
