@@ -194,7 +194,11 @@ def sample_halton(
             ends as soon as nothing is masked, after L evaluations at most; L is a square.
         randomize: start each sample's sequence at a random place of it, as published; off: all reveal alike.
     """
-    side, ratios, tokens = math.isqrt(model.seq_len), sampling_ratios(mask_schedule, steps), _all_masked(model, condition)
+    side, ratios, tokens = (
+        math.isqrt(model.seq_len),
+        sampling_ratios(mask_schedule, steps),
+        _all_masked(model, condition),
+    )
     if side * side != model.seq_len:
         raise ValueError(f"model: expected a square grid of tokens, got {model.seq_len}")
     order = halton_order(side).to(tokens.device).expand(len(tokens), -1)

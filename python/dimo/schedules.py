@@ -69,11 +69,12 @@ def halton_order(grid_size: int) -> Tensor:
     Source: arXiv 2503.17076.
     """
     cells: dict[int, None] = {}
-    for index in itertools.count(1):
-        if len(cells) == grid_size**2:
-            return torch.tensor(list(cells))
+    points = itertools.count(1)
+    while len(cells) < grid_size**2:
+        index = next(points)
         (row, rows), (column, columns) = _radical_inverse(index, 2), _radical_inverse(index, 3)
         cells.setdefault(row * grid_size // rows * grid_size + column * grid_size // columns)
+    return torch.tensor(list(cells))
 
 
 def _radical_inverse(index: int, base: int) -> tuple[int, int]:

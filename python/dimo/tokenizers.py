@@ -83,6 +83,8 @@ class VQGANTokenizer(Tokenizer):
         state = _taming_names(state) if llamagen else state
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_unused(encoder))}
         network = build_on_meta(lambda: VQGAN(_sizes(state, llamagen, source)), source)
+        if encoder and not network.config.encoder_blocks:
+            raise CheckpointError(f"{source}: expected an encoder, found a decoder alone")
         load_exactly(network, state, source, assign=True)
         return cls(network)
 

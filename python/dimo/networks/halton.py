@@ -1,9 +1,9 @@
 """The transformer of Halton-MaskGIT, with its parameter names and shapes.
 
-Source: Besnier et al., *Halton scheduler for masked generative image transformer* (arXiv 2503.17076), github.com/valeoai/
-Halton-MaskGIT. A DiT over tokens: the class modulates every block (adaLN), queries and keys are RMS-normalised over all
-heads together, register tokens follow the visual ones. Ids: tokens [0, V), [MASK] = V; null class = C. The output head
-is tied to the embedding table.
+Source: Besnier et al., *Halton scheduler for masked generative image transformer* (arXiv 2503.17076), github.com/
+valeoai/Halton-MaskGIT. A DiT over tokens: the class modulates every block (adaLN), queries and keys are RMS-normalised
+over all heads together, register tokens follow the visual ones. Ids: tokens [0, V), [MASK] = V; null class = C. The
+output head is tied to the embedding table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class HaltonConfig:
     """Hidden channels of the gated feed-forward layers."""
     registers: int = 1
     patch_size: int = 1
-    """2 joins 2×2 tokens into one position of the blocks."""
+    """2 joins 2x2 tokens into one position of the blocks."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -113,11 +114,13 @@ class _Block(nn.Module):
 class _Blocks(nn.Module):
     def __init__(self, config: HaltonConfig) -> None:
         super().__init__()
+        self.recompute = False  # activations in the backward pass
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.depth))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         for block in self.layers:
-            x = block(x, condition)
+            recompute = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, condition, use_reentrant=False) if recompute else block(x, condition)
         return x
 
 
