@@ -1,73 +1,29 @@
-"""Golden files of original implementations (tests/fixtures/README.md), and their released folders at tiny size."""
+"""Golden files: tensors by name, and the state dict among them (tests/fixtures/README.md)."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
-import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-_CODEBOOK = "quantize.embedding.weight"
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-class Golden(dict[str, Tensor]):
-    """Tensors by name, cloned: memory-mapped ones are unaligned and round differently."""
+def load_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return inputs and outputs, and the original's state dict.
 
-    def __init__(self, name: str) -> None:
-        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
-            super().__init__({key: file.get_tensor(key).clone() for key in file.keys()})  # noqa: SIM118 - no mapping
-            self.constructor = json.loads(file.metadata()["golden"])["constructor"]
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The original's state dict."""
-        return {key.removeprefix("state."): value for key, value in self.items() if key.startswith("state.")}
-
-
-def released(name: str, folder: Path, *, codes: int = 32) -> Path:
-    """Write a released folder at tiny size: its files under fixtures, weights from the golden files.
-
-    The golden image tokeniser has 24 codes; the first come again until there are as many as the transformers have.
+    The tensors are cloned, as memory-mapped ones are unaligned and round differently.
     """
-    shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
-    if name == "mdlm":
-        state = {f"backbone.{key}": value for key, value in Golden("mdlm_dit").state.items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    transformer = {"amused": "amused_uvit2d", "meissonic": "meissonic_transformer_1024layout"}[name]
-    _write_component(folder / "transformer", Golden(transformer).state)
-    state = Golden("diffusers_vqmodel").state
-    state[_CODEBOOK] = torch.cat([state[_CODEBOOK], state[_CODEBOOK][: codes - len(state[_CODEBOOK])]])
-    _write_component(folder / "vqvae", state, num_vq_embeddings=codes)
-    return folder
+    tensors = {key: tensor.clone() for key, tensor in load_file(FIXTURES / f"{name}.safetensors").items()}
+    state = {key.removeprefix("state."): tensors.pop(key) for key in list(tensors) if key.startswith("state.")}
+    return tensors, state
 
 
-def _write_component(folder: Path, state: dict[str, Tensor], **config: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-
-def text_encoder(folder: Path, *, states: int, pooled: int, positions: int = 12) -> Path:
-    """Write a tiny CLIP text encoder and its tokeniser, which knows lower-case letters one by one, as released."""
-    transformers = pytest.importorskip("transformers", reason="text encoders need dimo-ext[hub]")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    vocab |= {token: i for i, token in enumerate([*letters, *(f"{c}</w>" for c in letters)], len(vocab))}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=positions)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(vocab), hidden_size=states, intermediate_size=2 * states, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=positions, projection_dim=pooled, bos_token_id=0, eos_token_id=1,
-        pad_token_id=1,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder")
-    return folder
+def golden_sizes(name: str) -> dict[str, Any]:
+    """Return the arguments of the original's constructor."""
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["golden"])["constructor"]

@@ -18,10 +18,11 @@ from dimo.trainer import CHECKPOINT, DistillationTrainer, PretrainingTrainer, ru
 
 SIZES = {"grid_size": 3, "vocab_size": 5, "num_classes": 3, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
 DISTILLATION = [
-    "student forward", "masking and teacher", "auxiliary forward", "loss", "student backward and optimiser",
-    "auxiliary updates",
+    "student forward", "draws", "masking", "teacher", "auxiliary forward", "loss", "student backward",
+    "auxiliary backward", "student optimiser", "average", "auxiliary optimiser",
 ]  # fmt: skip
-PRETRAINING = ["forward and loss", "backward and optimiser"]
+SECOND_AUXILIARY_STEP = ["masking", "auxiliary forward", "loss", "auxiliary backward", "auxiliary optimiser"]
+PRETRAINING = ["masking", "model forward", "loss", "backward", "optimiser", "average"]
 
 
 def tiny() -> MaskGITTeacher:
@@ -89,7 +90,9 @@ def test_a_step_that_fails_leaves_no_clock_behind():
     assert "after" not in clock.seconds
 
 
-@pytest.mark.parametrize(("kind", "names"), [("distill", DISTILLATION), ("pretrain", PRETRAINING)])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("distill", DISTILLATION + SECOND_AUXILIARY_STEP), ("pretrain", PRETRAINING)]
+)
 def test_a_profile_shows_the_phases_in_order(kind, names, tmp_path):
     trainer, _ = make(kind, tmp_path)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:

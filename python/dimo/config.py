@@ -95,7 +95,15 @@ class RunConfig:
     steps: int = 1000
     """Training steps."""
     batch_size: int = 64
-    """Samples a step."""
+    """Samples a forward pass."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are averaged into one update: a step sees batch_size times as many samples."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16" evaluates the networks under autocast; trained weights, averages and optimisers stay float32."""
+    compile: bool = False
+    """Run the networks' layers through torch.compile: the first step takes a minute, the others less time."""
+    activation_checkpointing: bool = False
+    """Recompute the layers' activations in the backward pass: less memory, about a third more time."""
     seed: int = 0
     """Seed of every random choice of the run."""
     ema_decay: float = 0.99
@@ -113,7 +121,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.output.strip()), "output", "the path of a folder", self.output)
-        for name in ("steps", "batch_size", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "save_every"):
             _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
         _check(self.preview_every >= 0, "preview_every", "an integer >= 0", self.preview_every)
         _check_seed(self.seed)

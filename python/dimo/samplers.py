@@ -6,6 +6,7 @@ then a sample does not depend on the batch that it is drawn in.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from dimo_ext.philox import Tag, random_words, uniform
 from .config import SamplingConfig
 from .distill import draw_from_student
 from .guidance import guided_logits
-from .schedules import sampling_ratios
+from .schedules import halton_order, sampling_ratios
 from .teachers.base import Condition, Teacher, condition_size
 
 
@@ -169,6 +170,50 @@ def sample_confident(
         remaining = left
         if remaining == 0:
             break
+    return tokens
+
+
+@torch.no_grad()
+def sample_halton(
+    model: Teacher,
+    condition: Condition,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    randomize: bool = True,
+    key: Tensor,
+) -> Tensor:
+    """Halton-MaskGIT's decoding (arXiv 2503.17076): reveal along a Halton sequence, which spreads over the image.
+
+    After step i, floor((1 - r)·L) tokens are revealed, always at least one more than before.
+
+    Args:
+        model, condition, steps, mask_schedule, guidance_scale, temperature, key: as in :func:`sample_ancestral`, but it
+            ends as soon as nothing is masked, after L evaluations at most; L is a square.
+        randomize: start each sample's sequence at a random place of it, as published; off: all reveal alike.
+    """
+    side, ratios, tokens = (
+        math.isqrt(model.seq_len),
+        sampling_ratios(mask_schedule, steps),
+        _all_masked(model, condition),
+    )
+    if side * side != model.seq_len:
+        raise ValueError(f"model: expected a square grid of tokens, got {model.seq_len}")
+    order = halton_order(side).to(tokens.device).expand(len(tokens), -1)
+    if randomize:
+        words = random_words(dimo_ext.fold_in(key, steps), len(tokens), 1, 1, Tag.REVEAL)
+        start = (uniform(words) * model.seq_len).long()
+        order = order.gather(1, (torch.arange(model.seq_len, device=tokens.device) + start) % model.seq_len)
+    revealed = 0
+    for step in range(min(steps, model.seq_len)):
+        until = max(step + 1, math.floor((1.0 - ratios[step + 1].item()) * model.seq_len))
+        cells = order[:, revealed:until]
+        drawn = _draw(
+            model, tokens, condition, ratios[step].item(), guidance_scale, temperature, dimo_ext.fold_in(key, step)
+        ).tokens
+        tokens, revealed = tokens.scatter(1, cells, drawn.gather(1, cells)), until
     return tokens
 
 

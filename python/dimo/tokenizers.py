@@ -68,7 +68,7 @@ class VQGANTokenizer(Tokenizer):
 
     @classmethod
     def from_original(cls, path: str | os.PathLike, *, encoder: bool = False) -> VQGANTokenizer:
-        """Load taming-transformers' ``last.ckpt`` or LlamaGen's ``vq_ds16_c2i.pt``; the weights tell which and the sizes.
+        """Load taming's ``last.ckpt`` or LlamaGen's ``vq_ds16_c2i.pt``; the weights tell which and all sizes.
 
         Args:
             path: the file, or a folder with ``last.ckpt``; a Hugging Face id of the file.
@@ -86,6 +86,8 @@ class VQGANTokenizer(Tokenizer):
         state = _taming_names(state) if llamagen else state
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_unused(encoder))}
         network = build_on_meta(lambda: VQGAN(_sizes(state, llamagen, source)), source)
+        if encoder and not network.config.encoder_blocks:
+            raise CheckpointError(f"{source}: expected an encoder, found a decoder alone")
         load_exactly(network, state, source, assign=True)
         return cls(network)
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,20 @@ from dimo_ext.random import random_integers
 from .checkpoint import fingerprint, load_checkpoint, read_checkpoint_header, save_checkpoint
 from .config import ConfigError, DistillConfig, OptimizerConfig, PretrainConfig, RunConfig, to_dict
 from .data.digits import DigitsSplit
-from .distill import StudentLoss, auxiliary_loss, draw_from_student, student_loss
+from .distill import auxiliary_loss, draw_from_student, student_loss
 from .files import prepare_output, remove_leftovers
 from .phases import MEASURED_STEPS, PhaseClock, phase
 from .pretrain import pretrain_loss
 from .runlog import BOARD, LOG, RunLogger
-from .teachers import Teacher
+from .teachers import Condition, Teacher
 
 CHECKPOINT = "checkpoint.safetensors"
 
 # Keys that may differ between a checkpoint's configuration and the one that goes on from it.
-_FREE_KEYS = ("run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard")
+_FREE_KEYS = (
+    "run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard",
+    "run.compile", "run.activation_checkpointing",
+)  # fmt: skip
 
 
 class Interrupted(Exception):  # noqa: N818 - an event that callers handle, not an error
@@ -81,14 +84,13 @@ class Updater:
             factor *= config.final_fraction + (1.0 - config.final_fraction) * cosine
         return config.learning_rate * factor
 
-    def update(self, loss: Tensor, step: int) -> Tensor:
-        """Backward and one optimiser step; return the gradient's norm before clipping, on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def update(self, step: int) -> Tensor:
+        """One optimiser step on the gradients, which are dropped; return their norm before clipping, on the device."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
 
@@ -124,6 +126,41 @@ class Trainer(ABC):
     def step(self, index: int) -> dict[str, Tensor]:
         """Do 0-based step ``index``, a pure function of state, seed and index; return scalars on the device."""
 
+    def prepare(self, *networks: Teacher) -> None:
+        """Let the networks run as the configuration says; copies made afterwards would inherit it."""
+        for network in networks:
+            if self.run.activation_checkpointing:
+                network.checkpoint_activations()
+            for layer in network.layers() if self.run.compile else []:
+                # Layers share their code, so one compilation serves all; few batch sizes come up, each has its own.
+                layer.compile(dynamic=False)
+
+    def precision(self) -> torch.autocast:
+        """Return the context of one network's forward passes, all with gradients or all without.
+
+        Casts of weights are kept until it ends: none may outlive an optimiser step or a change of gradient mode.
+        """
+        enabled = self.run.precision == "bfloat16"
+        return torch.autocast(self.result.device.type, torch.bfloat16, enabled=enabled)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one batch's part to the gradients."""
+        (loss / self.run.accumulation_steps).backward()
+
+    def batch_numbers(self, index: int) -> range:
+        """Return the numbers in the whole run of the batches of 0-based step ``index``."""
+        count = self.run.accumulation_steps
+        return range(index * count, (index + 1) * count)
+
+
+class _Batch(NamedTuple):
+    """A batch of a student update: its key, what it was drawn for, and what came of it."""
+
+    key: Tensor
+    condition: Condition
+    tokens: Tensor
+    scalars: dict[str, Tensor]
+
 
 class DistillationTrainer(Trainer):
     """Di[M]O: a student update, then ``num_auxiliary_steps`` auxiliary updates."""
@@ -134,12 +171,13 @@ class DistillationTrainer(Trainer):
         self.method, self.run = config.method, config.run
         self.teacher = teacher.eval().requires_grad_(False)
         self.origin = {"teacher_weights": fingerprint(teacher)}
-        self.student = copy.deepcopy(teacher).requires_grad_(True)
-        self.auxiliary = copy.deepcopy(teacher).requires_grad_(True)
+        self.student = copy.deepcopy(teacher).float().requires_grad_(True)
+        self.auxiliary = copy.deepcopy(teacher).float().requires_grad_(True)
         if config.method.freeze == "recipe":
             for name in teacher.frozen_parameters():
                 self.student.get_parameter(name).requires_grad_(False)
         self.ema = Ema(self.student, config.run.ema_decay)
+        self.prepare(teacher, self.student, self.auxiliary)
         self.key = dimo_ext.random_key(config.run.seed, device=teacher.device)
         self.modules = {"student": self.student, "auxiliary": self.auxiliary, "ema": self.ema.model}
         auxiliary_steps = config.run.steps * config.method.num_auxiliary_steps
@@ -155,31 +193,57 @@ class DistillationTrainer(Trainer):
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One student update and its auxiliary updates."""
-        key, batch = dimo_ext.fold_in(self.key, index), self.run.batch_size
-        condition = self.teacher.sample_condition(batch, dimo_ext.fold_in(key, 0))
-        losses = student_loss(
-            self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
-        )
-        with phase("student backward and optimiser"):
-            norm = self.updaters["student_optimizer"].update(losses.loss, index)
-        self.ema.update(self.student, index)
-        scalars = {"student_divergence": losses.loss, "gradient_norm": norm, "token_entropy": losses.token_entropy}
-        with phase("auxiliary updates"):
-            return scalars | self._update_auxiliary(index, key, losses, condition)
+        batches = [self._student_batch(number) for number in self.batch_numbers(index)]
+        with phase("student optimiser"):
+            norm = self.updaters["student_optimizer"].update(index)
+        with phase("average"):
+            self.ema.update(self.student, index)
+        auxiliary = [self._update_auxiliary(index, k, batches) for k in range(self.method.num_auxiliary_steps)]
+        return _mean([batch.scalars for batch in batches]) | {"gradient_norm": norm} | auxiliary[-1]
 
-    def _update_auxiliary(self, index: int, key: Tensor, losses: StudentLoss, condition: Any) -> dict[str, Tensor]:
-        tokens, loss = losses.draw.tokens, losses.auxiliary
-        for k in range(self.method.num_auxiliary_steps):
-            inner = dimo_ext.fold_in(key, 2 + k)
-            if self.method.fresh_auxiliary_batch:
-                condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(inner, 0))
-                with torch.no_grad():
-                    tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(inner, 1)).tokens
-            if k > 0 or self.method.fresh_auxiliary_batch:
-                loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(inner, 2))
-            step = index * self.method.num_auxiliary_steps + k
-            norm = self.updaters["auxiliary_optimizer"].update(loss, step)
-        return {"auxiliary_loss": loss, "auxiliary_gradient_norm": norm}
+    def _student_batch(self, number: int) -> _Batch:
+        """Add the student's gradient on a new batch, and on the same one the auxiliary's if it is re-used."""
+        key = dimo_ext.fold_in(self.key, number)
+        condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(key, 0))
+        with self.precision():
+            losses = student_loss(
+                self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
+            )
+        with phase("student backward"):
+            self.backward(losses.loss)
+        if not self.method.fresh_auxiliary_batch:
+            with phase("auxiliary backward"):
+                self.backward(losses.auxiliary)
+        scalars = {
+            "student_divergence": losses.loss, "token_entropy": losses.token_entropy, "auxiliary_loss": losses.auxiliary
+        }  # fmt: skip
+        return _Batch(key, condition, losses.draw.tokens, {name: value.detach() for name, value in scalars.items()})
+
+    def _update_auxiliary(self, index: int, k: int, batches: list[_Batch]) -> dict[str, Tensor]:
+        """The ``k``-th of the step's auxiliary updates."""
+        fresh = self.method.fresh_auxiliary_batch
+        losses = [self._auxiliary_batch(k, batch) for batch in batches] if k > 0 or fresh else []
+        with phase("auxiliary optimiser"):
+            norm = self.updaters["auxiliary_optimizer"].update(index * self.method.num_auxiliary_steps + k)
+        return _mean(losses) | {"auxiliary_gradient_norm": norm}
+
+    def _auxiliary_batch(self, k: int, batch: _Batch) -> dict[str, Tensor]:
+        """Add the auxiliary's gradient on tokens masked anew, of a new draw if it is to be fresh."""
+        key, condition, tokens = dimo_ext.fold_in(batch.key, 2 + k), batch.condition, batch.tokens
+        if self.method.fresh_auxiliary_batch:
+            condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(key, 0))
+            with torch.no_grad(), self.precision():
+                tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(key, 1)).tokens
+        with self.precision():
+            loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(key, 2))
+        with phase("auxiliary backward"):
+            self.backward(loss)
+        return {"auxiliary_loss": loss.detach()}
+
+
+def _mean(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return each scalar's mean over a step's batches."""
+    return {name: torch.stack([one[name] for one in scalars]).mean() for name in (scalars[0] if scalars else ())}
 
 
 class PretrainingTrainer(Trainer):
@@ -194,6 +258,7 @@ class PretrainingTrainer(Trainer):
         self.ema = Ema(model, config.run.ema_decay)
         self.key = dimo_ext.random_key(config.run.seed, device=model.device)
         self.modules = {"model": model, "ema": self.ema.model}
+        self.prepare(model)
         self.updaters = {"optimizer": Updater(list(model.parameters()), config.optimizer, config.run.steps)}
 
     @property
@@ -202,19 +267,27 @@ class PretrainingTrainer(Trainer):
         return self.ema.model
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update on a random batch."""
-        key = dimo_ext.fold_in(self.key, index)
+        """One update on random batches."""
+        losses = [{"loss": self._batch(number)} for number in self.batch_numbers(index)]
+        with phase("optimiser"):
+            norm = self.updaters["optimizer"].update(index)
+        with phase("average"):
+            self.ema.update(self.model, index)
+        return _mean(losses) | {"gradient_norm": norm}
+
+    def _batch(self, number: int) -> Tensor:
+        """Add the gradient on a random batch; return its loss."""
+        key = dimo_ext.fold_in(self.key, number)
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
-        # Only dropout reads torch's generator; seeding it by the step lets a resumed run repeat.
-        with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + index):
-            with phase("forward and loss"):
+        # Only dropout reads torch's generator; seeding it by the batch lets a resumed run repeat.
+        with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + number):
+            with self.precision():
                 loss = pretrain_loss(
                     self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
                 )
-            with phase("backward and optimiser"):
-                norm = self.updaters["optimizer"].update(loss, index)
-        self.ema.update(self.model, index)
-        return {"loss": loss, "gradient_norm": norm}
+            with phase("backward"):
+                self.backward(loss)
+        return loss.detach()
 
 
 @contextmanager

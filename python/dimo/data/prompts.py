@@ -15,7 +15,7 @@ from ..files import import_extra
 def read_prompts(config: PromptsConfig) -> list[str]:
     """Return the prompts that a configuration names, in their order, without empty ones.
 
-    ``config.path`` is a file (.csv, .jsonl or .json with a column ``config.column``; other suffixes: a prompt a line), or
+    ``config.path`` is a file (.csv, .jsonl or .json with a column ``config.column``; others: a prompt a line), or
     else a folder or id that `datasets.load_dataset` streams.
 
     Raises:

@@ -136,6 +136,14 @@ class Teacher(nn.Module, ABC):
         """Names of parameters that the published recipe keeps fixed in the student; used by ``freeze: recipe``."""
         return []
 
+    def layers(self) -> list[nn.Module]:
+        """Return the network's repeated blocks, which torch.compile may work on; ValueError where there are none."""
+        raise ValueError(f"compile: teacher kind {self.kind!r} names no layers")
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the layers' activations in every backward pass from now on; ValueError where none can be."""
+        raise ValueError(f"activation_checkpointing: teacher kind {self.kind!r} cannot recompute its layers")
+
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
