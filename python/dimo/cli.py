@@ -39,6 +39,7 @@ from .config import (
     to_dict,
 )
 from .data.digits import load_digits_split
+from .data.prompts import read_prompts
 from .evaluation import DigitsEvaluator
 from .files import import_extra, prepare_output, write_json, write_text
 from .generator import FORMAT as STUDENT_FORMAT
@@ -48,7 +49,7 @@ from .pretrain import held_out_loss
 from .report import image_grid
 from .runlog import TrainingError
 from .samplers import sample_ancestral, sample_confident, sample_few_steps
-from .teachers import DigitsTeacher, Teacher
+from .teachers import TEACHERS, DigitsTeacher, Teacher
 from .trainer import (
     DistillationTrainer,
     Interrupted,
@@ -87,8 +88,10 @@ def pretrain(config: PretrainConfig) -> None:
 
 def distill(config: DistillConfig) -> None:
     """Distil a teacher into a one-step generator."""
-    device = resolve_device(config.run.device)
+    device, prompts = resolve_device(config.run.device), _prompts(config)
     teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options()).to(device)
+    if prompts:
+        teacher.attach_prompts(prompts, config.prompts)
     digits = isinstance(teacher, DigitsTeacher)  # the data set that metrics exist for
     if digits:
         for module in ("sklearn.svm", "matplotlib.figure"):
@@ -107,6 +110,16 @@ def distill(config: DistillConfig) -> None:
     for path in sorted(p for p in output.iterdir() if not p.name.startswith(".") and p.name != PAGE):
         print(path)
     print(page)
+
+
+def _prompts(config: DistillConfig) -> list[str]:
+    """Return what a text-to-image teacher is trained on, before anything heavy is loaded; [] for other kinds."""
+    cls = TEACHERS.get(config.teacher.kind)
+    if cls is not None and cls.prompted:
+        return read_prompts(config.prompts)
+    if config.prompts.path is not None:
+        raise ConfigError(f"prompts.path: teacher kind {config.teacher.kind!r} takes no prompts")
+    return []
 
 
 def sample(config: SampleConfig) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .files import import_extra
@@ -123,7 +124,7 @@ class PromptEncoder:
             model, found = transformers.CLIPTextModelWithProjection.from_pretrained(
                 path, local_files_only=True, output_loading_info=True
             )
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path}: no CLIP text encoder: {_reason(error)}") from None
         problems = [f"{kind} {name}" for kind, names in found.items() if kind.endswith("_keys") for name in names]
         if problems:

@@ -33,7 +33,7 @@ CHECKPOINT = "checkpoint.safetensors"
 # Keys that may differ between a checkpoint's configuration and the one that goes on from it.
 _FREE_KEYS = (
     "run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard",
-    "run.compile", "run.activation_checkpointing",
+    "run.compile", "run.activation_checkpointing", "prompts.cache",
 )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
         self.method, self.run = config.method, config.run
         self.teacher = teacher.eval().requires_grad_(False)
-        self.origin = {"teacher_weights": fingerprint(teacher)}
+        self.origin = {"teacher_weights": fingerprint(teacher), **teacher.origin()}
         self.student = copy.deepcopy(teacher).float().requires_grad_(True)
         self.auxiliary = copy.deepcopy(teacher).float().requires_grad_(True)
         if config.method.freeze == "recipe":

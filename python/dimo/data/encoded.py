@@ -61,6 +61,11 @@ class EncodedPrompts:
         for i in tqdm(missing, "encoding prompts", unit="file", disable=not missing):
             _write(self._paths[i], encoder.encode(shards[i], device=device), _DTYPES[dtype])
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of prompts, encoder and settings."""
+        return hashlib.sha256("".join(path.stem for path in self._paths).encode()).hexdigest()
+
     def __len__(self) -> int:
         return self._length
 

@@ -86,9 +86,13 @@ class AmusedTeacher(TextToImageTeacher):
         """Return diffusers' sizes of the network."""
         return {name: value for name, value in self.network.config.items() if not name.startswith("_")}
 
+    def layers(self) -> list[nn.Module]:
+        """Return the transformer's layers."""
+        return list(self.network.transformer_layers)
+
     def checkpoint_activations(self) -> None:
         """Recompute layer by layer in the backward pass; diffusers' own switch does not run on these layers."""
-        for layer in self.network.transformer_layers:
+        for layer in self.layers():
             if not isinstance(layer.forward, functools.partial):
                 layer.forward = functools.partial(_recomputed, layer.forward)
 

@@ -40,6 +40,8 @@ class Teacher(nn.Module, ABC):
     seq_len: int
     published: ClassVar[bool] = False
     """Whether there is a published layout that ``from_original`` loads."""
+    prompted: ClassVar[bool] = False
+    """Whether training needs prompts, see :class:`~dimo.config.PromptsConfig`."""
     hub_patterns: ClassVar[tuple[str, ...]] = ()
     """Files that ``from_original`` needs of a Hugging Face repository."""
 
@@ -89,6 +91,10 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """Return the unconditional condition for classifier-free guidance."""
+
+    def origin(self) -> dict[str, str]:
+        """Return fingerprints of what training draws conditions from, besides the configuration."""
+        return {}
 
     @abstractmethod
     def sample_condition(self, batch_size: int, key: Tensor) -> Condition:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusers_layout import read_json
 from ..networks.mdlm import MDLMConfig, MDLMTransformer
@@ -112,6 +112,10 @@ class MDLMTeacher(Teacher):
     def frozen_parameters(self) -> list[str]:
         """The token embeddings."""
         return ["network.vocab_embed.embedding"]
+
+    def layers(self) -> list[nn.Module]:
+        """Return the transformer's blocks."""
+        return list(self.network.blocks)
 
     def checkpoint_activations(self) -> None:
         """Recompute block by block in the backward pass."""

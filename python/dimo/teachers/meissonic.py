@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusers_layout import read_component
 from ..networks.meissonic import MeissonicConfig, MeissonicTransformer
@@ -112,6 +112,10 @@ class MeissonicTeacher(TextToImageTeacher):
     def sizes(self) -> dict[str, Any]:
         """Return the sizes of the network under their published names."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.network.config).items()}
+
+    def layers(self) -> list[nn.Module]:
+        """Return the blocks of both kinds."""
+        return [*self.network.transformer_blocks, *self.network.single_transformer_blocks]
 
     def checkpoint_activations(self) -> None:
         """Recompute block by block in the backward pass."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dimo_ext.random import random_integers
 
-from ..data.encoded import EncodedPrompts
+from ..config import PromptsConfig
+from ..data.encoded import EncodedPrompts, default_cache
 from ..state_dicts import CheckpointError, locate
 from ..text_encoder import EncodedText, LongPrompts, PromptEncoder
 from ..tokenizers import DiffusersTokenizer
@@ -63,6 +64,7 @@ class TextToImageTeacher(Teacher):
     """
 
     published: ClassVar[bool] = True
+    prompted: ClassVar[bool] = True
     hub_patterns: ClassVar[tuple[str, ...]] = (*(f"transformer/{name}" for name in _WEIGHTS), "vqvae/*", *_ENCODER)
 
     def __init__(self, network: nn.Module, settings: TextToImageSettings) -> None:
@@ -109,9 +111,14 @@ class TextToImageTeacher(Teacher):
         """Make the text encoder and tokeniser of a released folder those that prompts go through."""
         self.encoder, self._negative = PromptEncoder(folder, long_prompts=self.settings.long_prompts), None
 
-    def attach_prompts(self, prompts: EncodedPrompts) -> None:
-        """Make these the prompts that :meth:`sample_condition` draws from."""
-        self.prompts = prompts
+    def attach_prompts(self, prompts: Sequence[str], config: PromptsConfig) -> None:
+        """Encode prompts, once, and make them those that :meth:`sample_condition` draws from."""
+        folder = config.cache or default_cache()
+        self.prompts = EncodedPrompts(prompts, self._encoder(), folder, dtype=config.dtype, device=self.device)
+
+    def origin(self) -> dict[str, str]:
+        """Return the fingerprint of the attached prompts and their encoder."""
+        return {} if self.prompts is None else {"prompts": self.prompts.fingerprint}
 
     def condition(self, inputs: Sequence[str] | Condition) -> Condition:
         """Return the condition of prompts; a condition passes through.
