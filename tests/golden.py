@@ -1,29 +1,25 @@
-"""Golden files: tensors by name, and the state dict among them (tests/fixtures/README.md)."""
+"""Golden files of original implementations (tests/fixtures/README.md)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def load_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return inputs and outputs, and the original's state dict.
+class Golden(dict[str, Tensor]):
+    """Tensors by name, cloned: memory-mapped ones are unaligned and round differently."""
 
-    The tensors are cloned, as memory-mapped ones are unaligned and round differently.
-    """
-    tensors = {key: tensor.clone() for key, tensor in load_file(FIXTURES / f"{name}.safetensors").items()}
-    state = {key.removeprefix("state."): tensors.pop(key) for key in list(tensors) if key.startswith("state.")}
-    return tensors, state
+    def __init__(self, name: str) -> None:
+        with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+            super().__init__({key: file.get_tensor(key).clone() for key in file.keys()})  # noqa: SIM118 - no mapping
+            self.constructor = json.loads(file.metadata()["golden"])["constructor"]
 
-
-def golden_sizes(name: str) -> dict[str, Any]:
-    """Return the arguments of the original's constructor."""
-    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["golden"])["constructor"]
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The original's state dict."""
+        return {key.removeprefix("state."): value for key, value in self.items() if key.startswith("state.")}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.golden import FIXTURES, load_golden
+from tests.golden import FIXTURES, Golden
 
 _CODEBOOK = "quantize.embedding.weight"
 
@@ -23,12 +23,12 @@ def released(name: str, folder: Path, *, codes: int = 32) -> Path:
     """
     shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
     if name == "mdlm":
-        state = {f"backbone.{key}": value for key, value in load_golden("mdlm_dit")[1].items()}
+        state = {f"backbone.{key}": value for key, value in Golden("mdlm_dit").state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     transformer = {"amused": "amused_uvit2d", "meissonic": "meissonic_transformer_1024layout"}[name]
-    _write_component(folder / "transformer", load_golden(transformer)[1])
-    state = load_golden("diffusers_vqmodel")[1]
+    _write_component(folder / "transformer", Golden(transformer).state)
+    state = Golden("diffusers_vqmodel").state
     state[_CODEBOOK] = torch.cat([state[_CODEBOOK], state[_CODEBOOK][: codes - len(state[_CODEBOOK])]])
     _write_component(folder / "vqvae", state, num_vq_embeddings=codes)
     return folder

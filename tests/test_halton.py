@@ -11,7 +11,7 @@ from dimo.samplers import sample_halton
 from dimo.schedules import halton_order
 from dimo.state_dicts import CheckpointError, load_exactly
 from dimo.teachers import HaltonTeacher
-from tests.golden import FIXTURES, load_golden
+from tests.golden import FIXTURES, Golden
 
 CHECKPOINT, TOKENIZER = FIXTURES / "halton" / "ImageNet_tiny.pth", FIXTURES / "halton" / "vq_ds16_c2i.pt"
 VOCAB, CLASSES = 24, 7
@@ -25,7 +25,7 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def variant(request):
     """The golden tensors and our network with the original's weights."""
-    golden, state = load_golden(request.param)
+    golden, state = Golden(request.param), Golden(request.param).state
     assert torch.equal(state.pop("head.weight"), state["tok_emb.weight"])  # one tensor under two names
     network = HaltonTransformer(VARIANTS[request.param]).eval().requires_grad_(False)
     load_exactly(network, state, request.param)
@@ -116,7 +116,7 @@ def teacher():
 
 
 def test_published_checkpoint(teacher):
-    golden, _ = load_golden("halton_transformer")
+    golden = Golden("halton_transformer")
     logits = teacher.logits(golden["in.x"].flatten(1), golden["in.y"])
     torch.testing.assert_close(logits, golden["out.logits_cond"][..., :VOCAB], rtol=0, atol=1e-5)
     null = teacher.logits(golden["in.x"].flatten(1), teacher.null_condition(4))
@@ -158,7 +158,7 @@ def test_files_of_another_layout(path, options, message):
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_order_is_the_original(size):
-    golden, _ = load_golden("halton_order")
+    golden = Golden("halton_order")
     rows, columns = golden[f"out.order_{size}"].T
     assert torch.equal(halton_order(size), rows * size + columns)
 
@@ -192,7 +192,7 @@ def first_seen(model: Observed, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("size", "steps"), [(16, 12), (16, 32), (8, 4), (8, 8)])
 def test_cells_are_written_in_the_original_step(size, steps):
-    golden, _ = load_golden("halton_order")
+    golden = Golden("halton_order")
     model = Observed(size)
     tokens = sample_halton(model, torch.tensor([0]), steps=steps, randomize=False, key=dimo_ext.random_key(0))
     assert torch.equal(first_seen(model, tokens).view(size, size), golden[f"out.step_of_{size}_steps{steps}"])

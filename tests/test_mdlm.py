@@ -4,35 +4,29 @@ import pytest
 import torch
 
 from dimo.networks.mdlm import MDLMConfig, MDLMTransformer, subs_log_probs
-from tests.golden import golden_sizes, load_golden
+from tests.golden import Golden
 
 VOCAB, LENGTH = 28, 12  # without [MASK]
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_golden("mdlm_dit")[0]
+    return Golden("mdlm_dit")
 
 
 @pytest.fixture(scope="module")
-def state():
-    return load_golden("mdlm_dit")[1]
-
-
-@pytest.fixture(scope="module")
-def config():
-    given = golden_sizes("mdlm_dit")
-    sizes = given["config"]["model"]
+def config(golden):
+    sizes = golden.constructor["config"]["model"]
     return MDLMConfig(
-        vocab_size=given["vocab_size"], model_length=sizes["length"], hidden_dim=sizes["hidden_size"],
+        vocab_size=golden.constructor["vocab_size"], model_length=sizes["length"], hidden_dim=sizes["hidden_size"],
         n_blocks=sizes["n_blocks"], n_heads=sizes["n_heads"], cond_dim=sizes["cond_dim"], dropout=sizes["dropout"],
     )  # fmt: skip
 
 
 @pytest.fixture
-def network(state, config):
+def network(golden, config):
     model = MDLMTransformer(config).eval()
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(golden.state, strict=True)
     return model.requires_grad_(False)
 
 
@@ -42,8 +36,8 @@ def case(request, golden):
     return request.param, golden["in.sigma"] if request.param == "sigma" else torch.zeros_like(golden["in.sigma"])
 
 
-def test_state_dict_has_the_original_keys_and_shapes(state, network):
-    assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in state.items()}
+def test_state_dict_has_the_original_keys_and_shapes(golden, network):
+    assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in golden.state.items()}
 
 
 def test_logits(case, golden, network):
@@ -71,10 +65,10 @@ def test_subs(case, golden, network):
     torch.testing.assert_close(actual.logsumexp(-1), torch.zeros(tokens.shape), rtol=0, atol=1e-5)
 
 
-def test_recomputing_gives_the_same_gradients(golden, state, config):
+def test_recomputing_gives_the_same_gradients(golden, config):
     def gradients(recompute):
         model = MDLMTransformer(config).eval()
-        model.load_state_dict(state)
+        model.load_state_dict(golden.state)
         model.recompute = recompute
         model(golden["in.indices"], golden["in.sigma"]).square().mean().backward()
         return {name: p.grad for name, p in model.named_parameters()}

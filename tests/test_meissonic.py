@@ -4,33 +4,25 @@ import pytest
 import torch
 
 from dimo.networks.meissonic import MeissonicConfig, MeissonicTransformer
-from tests.golden import golden_sizes, load_golden
+from tests.golden import Golden
+
+LAYOUTS = ["1024layout", "512layout"]
 
 
-@pytest.fixture(scope="module", params=["1024layout", "512layout"])
-def layout(request):
-    return f"meissonic_transformer_{request.param}"
-
-
-@pytest.fixture(scope="module")
-def golden(layout):
-    return load_golden(layout)[0]
+@pytest.fixture(scope="module", params=LAYOUTS)
+def golden(request):
+    return Golden(f"meissonic_transformer_{request.param}")
 
 
 @pytest.fixture(scope="module")
-def state(layout):
-    return load_golden(layout)[1]
-
-
-@pytest.fixture(scope="module")
-def config(layout):
-    return MeissonicConfig(**{name: value for name, value in golden_sizes(layout).items() if name != "grid"})
+def config(golden):
+    return MeissonicConfig(**{name: value for name, value in golden.constructor.items() if name != "grid"})
 
 
 @pytest.fixture
-def network(state, config):
+def network(golden, config):
     model = MeissonicTransformer(config).eval()
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(golden.state, strict=True)
     return model.requires_grad_(False)
 
 
@@ -45,8 +37,8 @@ def assert_golden(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_state_dict_has_the_original_keys_and_shapes(state, network):
-    assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in state.items()}
+def test_state_dict_has_the_original_keys_and_shapes(golden, network):
+    assert {n: v.shape for n, v in network.state_dict().items()} == {n: v.shape for n, v in golden.state.items()}
 
 
 def test_golden_holds_masked_and_other_tokens(golden, network):
@@ -87,13 +79,13 @@ def test_logits_are_a_view_with_the_vocabulary_together(golden, network, inputs)
     assert rows.is_contiguous()
 
 
-def test_recomputing_gives_the_same_gradients(golden, state, config, inputs):
+def test_recomputing_gives_the_same_gradients(golden, config, inputs):
     """And keeps fewer tensors between forward and backward."""
 
     def run(recompute):
         torch.manual_seed(0)
         model = MeissonicTransformer(config)
-        model.load_state_dict(state)
+        model.load_state_dict(golden.state)
         model.recompute = recompute
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
@@ -130,6 +122,6 @@ def test_autocast_stays_near_float32(dtype, golden, network, inputs):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
-    good = golden_sizes("meissonic_transformer_1024layout")
+    good = Golden("meissonic_transformer_1024layout").constructor
     with pytest.raises(ValueError, match=message):
         MeissonicConfig(**{n: v for n, v in good.items() if n != "grid"} | sizes)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from dimo.networks.vqgan import VQGANConfig
 from dimo.state_dicts import CheckpointError
 from dimo.tokenizers import VQGANTokenizer
-from tests.golden import FIXTURES, load_golden
+from tests.golden import FIXTURES, Golden
 
 TAMING, LLAMAGEN = FIXTURES / "vqgan" / "last.ckpt", FIXTURES / "halton" / "vq_ds16_c2i.pt"
 SIZES = {"codebook_size": 5, "embed_dim": 4, "z_channels": 4, "channels": (32,), "attention": (False,), "blocks": 1}
@@ -20,8 +20,8 @@ def assert_golden(actual, expected):
 @pytest.mark.parametrize("name", ["vqgan_decoder", "llamagen_vq_levels"])
 def test_decoders_alone(name, tmp_path):
     """Shortcut convolutions, norms over two channels a group; two resolutions under LlamaGen's names."""
-    golden, state = load_golden(name)
-    save_file(state, tmp_path / "vq.safetensors")
+    golden = Golden(name)
+    save_file(golden.state, tmp_path / "vq.safetensors")
     tokenizer = VQGANTokenizer.from_original(tmp_path / "vq.safetensors")
     assert_golden(tokenizer.network.decode(golden["in.codes"]), golden["out.image"])
     with pytest.raises(CheckpointError, match="expected an encoder, found a decoder alone"):
@@ -33,7 +33,7 @@ def test_decoders_alone(name, tmp_path):
 )
 def test_containers(path, outputs):
     """Codes to images and back, in the released layouts."""
-    golden, _ = load_golden(outputs)
+    golden = Golden(outputs)
     network = VQGANTokenizer.from_original(path, encoder=True).network
     assert_golden(network.decode(golden["in.codes"]), golden["out.image"])
     assert torch.equal(network.encode(golden["in.image"]).flatten(), golden["out.encode_ids"])
@@ -44,7 +44,7 @@ def test_containers(path, outputs):
 
 
 def test_images_become_tokens_and_images_again():
-    golden, _ = load_golden("vqgan_full_outputs")
+    golden = Golden("vqgan_full_outputs")
     tokenizer = VQGANTokenizer.from_original(FIXTURES / "vqgan", encoder=True)
     tokens = tokenizer.encode((golden["in.image"] + 1) / 2)
     assert torch.equal(tokens.flatten(), golden["out.encode_ids"])
