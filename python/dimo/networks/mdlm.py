@@ -182,7 +182,7 @@ def subs_log_probs(logits: Tensor, tokens_BL: Tensor, mask_id: int) -> Tensor:
     """SUBS, the parameterisation of MDLM: log-probabilities ``[B, L, V]`` of the clean tokens.
 
     [MASK] is never predicted, and a token that is not masked is carried over: log-probability 0 for itself, -inf for
-    the others (MDLM, section 3.2.3; its code has -1e6 for -inf).
+    the others (arXiv 2406.07524; the published code has -1e6 for -inf).
 
     Args:
         logits: ``[B, L, V]`` of the real tokens, as :meth:`MDLMTransformer.forward` returns them.
