@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 from pathlib import Path
 
 import pytest
@@ -56,4 +57,15 @@ def text_encoder(folder: Path, *, states: int, pooled: int, positions: int = 12)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def gpt2_like(folder: Path, size: int) -> Path:
+    """Write a tokeniser of transformers that decodes ids 0, 1, ... to a, b, ..., the last one to a space."""
+    transformers = pytest.importorskip("transformers", reason="text tokenisers need dimo-ext[hub]")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {symbol: i for i, symbol in enumerate([*string.printable[10:][: size - 1], "Ġ"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
     return folder

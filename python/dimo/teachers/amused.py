@@ -62,13 +62,13 @@ class AmusedTeacher(TextToImageTeacher):
 
         def build() -> AmusedTeacher:
             network = _network(config)
+            side = network.config.sample_size if grid_size is None else grid_size
             return cls(
                 network,
                 TextToImageSettings.complete(
-                    grid_size or network.config.sample_size, micro_conditions, negative_prompt=negative_prompt,
-                    long_prompts=long_prompts,
+                    side, micro_conditions, negative_prompt=negative_prompt, long_prompts=long_prompts
                 ),
-            )  # fmt: skip
+            )
 
         model = build_on_meta(build, folder)
         load_exactly(model.network, state, folder / "transformer", assign=True)

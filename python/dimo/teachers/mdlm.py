@@ -164,5 +164,5 @@ def _without_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Return the network's part; noise schedules without weights may stand beside it."""
     inner = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
     if not inner:
-        raise CheckpointError(f"{path}: expected weights named {_PREFIX}..., found {', '.join(list(state)[:3])}")
+        raise CheckpointError(f"{path}: expected weights named {_PREFIX}*, found {', '.join(list(state)[:3])}")
     return inner

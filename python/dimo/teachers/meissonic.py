@@ -77,7 +77,7 @@ class MeissonicTeacher(TextToImageTeacher):
         """
         folder = locate(path, cls.hub_patterns)
         config, state = read_component(folder, "transformer", "Transformer2DModel")
-        grid_size = grid_size or (64 if config.get("downsample") else 32)
+        grid_size = (64 if config.get("downsample") else 32) if grid_size is None else grid_size
         model = build_on_meta(
             lambda: cls(
                 MeissonicTransformer(MeissonicConfig(**config)),
