@@ -81,6 +81,10 @@ class Teacher(nn.Module, ABC):
             key: of the noise; needed when ``embedding_noise`` > 0.
         """
 
+    def condition(self, inputs: Any) -> Condition:
+        """Return the condition of what a user asks for: class ids, prompts, or a condition itself."""
+        return inputs
+
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """Return the unconditional condition for classifier-free guidance."""
@@ -88,6 +92,11 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def sample_condition(self, batch_size: int, key: Tensor) -> Condition:
         """Draw conditions to train on, a pure function of ``key``."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether :meth:`decode` has what it needs."""
+        return self.tokenizer is not None or type(self).decode is not Teacher.decode
 
     def decode(self, tokens_BL: Tensor) -> Any:
         """Return what the tokens stand for: images float ``[B, C, H, W]`` in [0, 1], or a list of texts.
