@@ -307,13 +307,35 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """`dimo convert`: write a published checkpoint as a folder of safetensors and config.json."""
+
+    output: str
+    """The folder to write."""
+    teacher: TeacherConfig
+    """The checkpoint: kind, path, tokeniser."""
+    student: bool = False
+    """The weights are a one-step generator's: write them as a student, with the settings below."""
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(r_init=0.6, embedding_noise=0.1, embedding_noise_scale="unit")
+    )
+    """How the student samples; these are the settings of Di[M]O's released MaskGIT generator."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output.strip()), "output", "the path of a folder", self.output)
+        _check(self.teacher.path is not None, "teacher.path", "a published checkpoint", self.teacher.path)
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """A model and how it samples: what `dimo sample` and `dimo evaluate` share."""
 
     model: str = "digits"
-    """Folder of a student or teacher (model.safetensors, config.json), or "digits" for the shipped teacher."""
-    sampler: Literal["ancestral", "confident"] = "ancestral"
-    """How a teacher reveals tokens."""
+    """Folder or Hugging Face id of a student or teacher (model.safetensors, config.json), or "digits" for the shipped
+    teacher."""
+    sampler: Literal["ancestral", "confident", "halton", "amused", "mdlm"] = "ancestral"
+    """How a teacher reveals tokens: at random, the most confident first, along a Halton sequence, most confident first
+    with the numbers of aMUSEd and Meissonic, or as MDLM (at random, in few evaluations)."""
     steps: int | None = None
     """Sampling steps; None = 16 for a teacher, 1 for a student. A student masks again and re-draws in further steps."""
     mask_schedule: str = "arccos"
@@ -339,18 +361,42 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Settings to try: every combination is a row of the grid, with the same seeds."""
+
+    guidance_scale: tuple[float, ...] = ()
+    """Guidance of a teacher."""
+    temperature: tuple[float, ...] = ()
+    """Temperatures."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps."""
+
+
+@dataclass(frozen=True)
 class SampleConfig(SamplerConfig):
     """`dimo sample`: draw samples from a teacher or a one-step student."""
 
     output: str = "samples.png"
-    """The picture: a grid, one row a class."""
+    """A .png: one grid, a row a class or prompt; else a folder, a .png a sample, named by seed and class or prompt. For
+    texts a .jsonl or a folder."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of a text-to-image model; none, and no file of them: ten examples."""
+    prompts_file: str | None = None
+    """A file of prompts: text, a prompt a line, or a .csv or .jsonl with a column "text"."""
+    classes: tuple[int, ...] = ()
+    """Class numbers; none = every class, or ten spread over more."""
     per_class: int = 16
-    """Samples a class."""
+    """Samples a class or prompt, or texts; the n-th of all is drawn with seed + n."""
+    batch_size: int = 64
+    """Samples at a time; it changes none of them."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.output.endswith(".png"), "output", "a path that ends in .png", self.output)
-        _check(self.per_class >= 1, "per_class", "an integer >= 1", self.per_class)
+        other = Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+        _check(bool(self.output.strip()) and not other, "output", "a path that ends in .png, or a folder", self.output)
+        for name in ("per_class", "batch_size"):
+            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
 
 
 @dataclass(frozen=True)

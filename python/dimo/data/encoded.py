@@ -53,7 +53,7 @@ class EncodedPrompts:
             dtype: of the numbers on disk.
             device: where the encoder works.
         """
-        self._length, self._open = len(prompts), lru_cache(maxsize=64)(_open)
+        self.texts, self._open = list(prompts), lru_cache(maxsize=64)(_open)
         shards = [prompts[start : start + SHARD] for start in range(0, len(prompts), SHARD)]
         names = [_name(shard, encoder, dtype) for shard in shards]
         self._paths = [Path(folder) / f"{name}.safetensors" for name in names]
@@ -67,7 +67,7 @@ class EncodedPrompts:
         return hashlib.sha256("".join(path.stem for path in self._paths).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.texts)
 
     def rows(self, indices: Tensor) -> EncodedText:
         """Return the prompts at ``indices`` (int64 ``[N]`` in [0, len)) as float32 on the indices' device."""

@@ -40,6 +40,8 @@ class Teacher(nn.Module, ABC):
     seq_len: int
     published: ClassVar[bool] = False
     """Whether there is a published layout that ``from_original`` loads."""
+    writes_text: ClassVar[bool] = False
+    """Whether ``decode`` gives texts, not images."""
     prompted: ClassVar[bool] = False
     """Whether training needs prompts, see :class:`~dimo.config.PromptsConfig`."""
     hub_patterns: ClassVar[tuple[str, ...]] = ()
@@ -88,6 +90,10 @@ class Teacher(nn.Module, ABC):
         """Return the condition of what a user asks for: class ids, prompts, or a condition itself."""
         return inputs
 
+    def examples(self, count: int) -> list[Any]:
+        """Return up to ``count`` different inputs of :meth:`condition` that show what the model does."""
+        return [""] * count
+
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """Return the unconditional condition for classifier-free guidance."""
@@ -99,6 +105,11 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def sample_condition(self, batch_size: int, key: Tensor) -> Condition:
         """Draw conditions to train on, a pure function of ``key``."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether :meth:`decode` has what it needs."""
+        return self.tokenizer is not None or type(self).decode is not Teacher.decode
 
     def decode(self, tokens_BL: Tensor) -> Any:
         """Return what the tokens stand for: images float ``[B, C, H, W]`` in [0, 1], or a list of texts.

@@ -50,6 +50,28 @@ class ClassConditionalTeacher(Teacher):
         perturb = perturbation(self.network.tok_emb.weight, embedding_noise, embedding_noise_scale, key)
         return self.network(tokens_BL, condition, perturb=perturb)
 
+    def condition(self, inputs: Any) -> Tensor:
+        """Return class ids int64 ``[B]`` on the model's device, of a tensor or a sequence of integers.
+
+        Raises:
+            ValueError: another shape or type, or an id outside [0, C), C = the null class included.
+        """
+        try:
+            ids = torch.as_tensor(inputs, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"condition: expected class ids, got {inputs!r}") from None
+        if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            raise ValueError(f"condition: expected integers [B], got {ids.dtype} {list(ids.shape)}")
+        outside = ids[(ids < 0) | (ids > self.num_classes)]
+        if len(outside):
+            raise ValueError(f"condition: expected class ids in [0, {self.num_classes}], got {int(outside[0])}")
+        return ids.long()
+
+    def examples(self, count: int) -> list[int]:
+        """Return every class, or some spread evenly over more."""
+        shown = min(self.num_classes, count)
+        return [n * self.num_classes // shown for n in range(shown)]
+
     def null_condition(self, batch_size: int) -> Tensor:
         """Return the null class ``[B]``."""
         return torch.full((batch_size,), self.num_classes, dtype=torch.int64, device=self.device)

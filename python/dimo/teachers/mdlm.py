@@ -38,6 +38,7 @@ class MDLMTeacher(Teacher):
 
     kind: ClassVar[str] = "mdlm"
     published: ClassVar[bool] = True
+    writes_text: ClassVar[bool] = True
     hub_patterns: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
 
     def __init__(self, network: MDLMTransformer) -> None:
@@ -97,9 +98,12 @@ class MDLMTeacher(Teacher):
             raise ValueError("mask_ratio: expected [B] for a model with time conditioning, got None")
         return -torch.log1p(-(1.0 - _NOISE_FLOOR) * mask_ratio)
 
-    def condition(self, inputs: int | Condition) -> Condition:
-        """Return the placeholder for a number of texts; one passes through."""
-        return torch.zeros(inputs, dtype=torch.int64, device=self.device) if isinstance(inputs, int) else inputs
+    def condition(self, inputs: int | list[Any] | Condition) -> Condition:
+        """Return the placeholder for a number of texts, or for a list of as many; one passes through."""
+        if isinstance(inputs, Tensor):
+            return inputs
+        count = inputs if isinstance(inputs, int) else len(inputs)
+        return torch.zeros(count, dtype=torch.int64, device=self.device)
 
     def null_condition(self, batch_size: int) -> Condition:
         """Raise: without a condition there is nothing to lead away from."""

@@ -26,6 +26,12 @@ _WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pyt
             "diffusion_pytorch_model.safetensors.index.json")  # fmt: skip
 _ENCODER = ("text_encoder/config.json", "text_encoder/model*.safetensors", "tokenizer/*")
 _AESTHETIC_SCORE = 6.0
+EXAMPLES = (
+    "a photograph of a red fox in the snow", "an oil painting of a harbour at dawn", "a bowl of fruit on a table",
+    "a lighthouse on a cliff, watercolour", "a close-up of a hummingbird", "a street in the rain at night",
+    "an astronaut reading a book", "a stained-glass window with a tree", "a castle of sand on a beach",
+    "a still life with a violin",
+)  # fmt: skip
 _PIXELS = 16  # a token, along each side, in the released models
 
 
@@ -130,7 +136,14 @@ class TextToImageTeacher(Teacher):
             raise TypeError(f"prompts: expected a list of strings, got the string {inputs!r}")
         if isinstance(inputs, dict):
             return inputs
-        return self._with_micro_conditions(self._encoder().encode(inputs, device=self.device))
+        different = list(dict.fromkeys(inputs))
+        rows = torch.tensor([different.index(prompt) for prompt in inputs], device=self.device)
+        encoded = self._encoder().encode(different, device=self.device)
+        return self._with_micro_conditions(EncodedText(*(tensor[rows] for tensor in encoded)))
+
+    def examples(self, count: int) -> list[str]:
+        """Return the first of the attached prompts, else of some that ship with the package."""
+        return list(dict.fromkeys(EXAMPLES if self.prompts is None else self.prompts.texts))[:count]
 
     def null_condition(self, batch_size: int) -> Condition:
         """Return the negative prompt's condition; it is encoded once."""
