@@ -98,7 +98,13 @@ def test_usage_lists_every_command(arguments, status, capsys):
         ("distill", ["--method.r-init", "--teacher.path", "--report.teacher-steps", "--config FILE.yaml"]),
         (
             "sample",
-            ["--model", "--sampler {ancestral,confident,halton}", "--temperature", "Samples a class", "--sweep.steps"],
+            [
+                "--model",
+                "--sampler {ancestral,confident,halton,amused,mdlm}",
+                "Samples a class",
+                "--sweep.steps",
+                "--prompts",
+            ],
         ),
         ("evaluate", ["--model", "--seeds", "--reference {validation,test}", "--steps", "--guidance-scale"]),
         ("report", ["usage: dimo report FOLDER"]),

@@ -34,6 +34,7 @@ _SAMPLERS = {
     "ancestral": sample_ancestral, "confident": sample_confident, "halton": sample_halton, "amused": sample_amused,
     "mdlm": sample_mdlm,
 }  # fmt: skip
+_FILES = (".png", ".jsonl")  # of pictures, of texts; another output is a folder
 _EXAMPLES = 10  # classes or prompts that are shown of many, unless the configuration names them
 _LABEL = 40  # characters of a prompt beside its row
 
@@ -53,19 +54,19 @@ def write_samples(config: SampleConfig) -> Path:
         raise ConfigError(f"model: expected one with a tokeniser, {config.model} of kind {model.kind!r} has none")
     _check_output(model, config)
     model.to(device)
-    if target.suffix:
+    if target.suffix in _FILES:
         prepare_output(target.parent, files=(target.name,))
     else:
         prepare_output(target)
-    write = _write_texts if model.writes_text else _write_grid if target.suffix else _write_folder
+    write = _write_texts if model.writes_text else _write_grid if target.suffix in _FILES else _write_folder
     write(model, samplers, inputs, config)
     return target
 
 
 def _check_output(model: Teacher, config: SampleConfig) -> None:
-    expected = ".jsonl" if model.writes_text else ".png"
-    if Path(config.output).suffix not in ("", expected):
-        wanted = f"a path that ends in {expected}, or a folder, for kind {model.kind!r}"
+    wrong, right = _FILES if model.writes_text else _FILES[::-1]
+    if Path(config.output).suffix == wrong:
+        wanted = f"a path that ends in {right}, or a folder, for kind {model.kind!r}"
         raise ConfigError(f"output: expected {wanted}, got {config.output!r}")
 
 
@@ -142,8 +143,8 @@ def write_comparison(teacher: Teacher, student: OneStepGenerator, method: Method
 def _variants(config: SampleConfig) -> dict[str, SampleConfig]:
     """The configurations of a sweep by label, in the order of their rows; without a sweep, the one."""
     swept = {name: values for name, values in vars(config.sweep).items() if values}
-    if swept and not Path(config.output).suffix:
-        raise ConfigError(f"output: expected a file for a sweep, .png or .jsonl, got {config.output!r}")
+    if swept and Path(config.output).suffix not in _FILES:
+        raise ConfigError(f"output: expected a path that ends in .png for a sweep, or in .jsonl, got {config.output!r}")
     variants = {}
     for values in itertools.product(*swept.values()):
         chosen = dict(zip(swept, values, strict=True))
@@ -201,7 +202,7 @@ def _write_texts(model: Teacher, samplers: dict[str, Sampler], inputs: list[Any]
         batches = _batches(model, sampler.draw, inputs, config)
         drawn[label] = [text for seeds, _, tokens in batches for text in _texts(model, seeds, tokens)]
         print(summary(label, drawn[label]))
-    if Path(config.output).suffix:
+    if Path(config.output).suffix in _FILES:
         write_lines(config.output, [(label, text) for label, part in drawn.items() for text in part])
         return
     for text in next(iter(drawn.values())):
