@@ -96,7 +96,10 @@ def test_usage_lists_every_command(arguments, status, capsys):
     [
         ("pretrain", ["--run.output", "--network.width", "--condition-dropout", "--config FILE.yaml"]),
         ("distill", ["--method.r-init", "--teacher.path", "--report.teacher-steps", "--config FILE.yaml"]),
-        ("sample", ["--model", "--sampler {ancestral,confident,halton}", "--temperature", "Samples a class", "--sweep.steps"]),
+        (
+            "sample",
+            ["--model", "--sampler {ancestral,confident,halton}", "--temperature", "Samples a class", "--sweep.steps"],
+        ),
         ("evaluate", ["--model", "--seeds", "--reference {validation,test}", "--steps", "--guidance-scale"]),
         ("report", ["usage: dimo report FOLDER"]),
         ("doctor", ["--json"]),
