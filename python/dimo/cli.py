@@ -32,6 +32,7 @@ from .data.prompts import read_prompts
 from .evaluation import DigitsEvaluator
 from .files import import_extra, prepare_output, write_json, write_text
 from .generator import OneStepGenerator
+from .memory import device_memory, memory_text, training_memory
 from .page import PAGE, write_page
 from .pretrain import held_out_loss
 from .runlog import TrainingError
@@ -163,6 +164,21 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def memory(config: DistillConfig) -> None:
+    """Estimate the memory that `dimo distill` needs with this configuration, before anything is trained."""
+    device = resolve_device(config.run.device)
+    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
+    print(memory_text(training_memory(teacher, config), device, device_memory(device)))
+
+
+def diagnose(arguments: list[str]) -> int:
+    """Show the machine and the build, or with --config what a distillation needs of the machine."""
+    if any(argument.split("=")[0] == "--config" for argument in arguments):
+        memory(_parse("doctor", DistillConfig, arguments))
+        return 0
+    return doctor.main(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "pretrain": (pretrain, PretrainConfig),
     "distill": (distill, DistillConfig),
@@ -171,7 +187,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "evaluate": (evaluate, EvaluateConfig),
 }
 
-_PLAIN: dict[str, Callable[[list[str]], int]] = {"report": report, "doctor": doctor.main}  # without a configuration
+_PLAIN: dict[str, Callable[[list[str]], int]] = {"report": report, "doctor": diagnose}  # without a configuration
 
 _USAGE = """usage: dimo COMMAND [--config FILE.yaml] [--key.name VALUE ...]
 
@@ -236,7 +252,8 @@ def _parse(command: str, cls: type, arguments: list[str]) -> Any:
     known, rest = first.parse_known_args(arguments)
     if len(known.config) > 1:
         raise ConfigError(f"--config: expected one file, got {', '.join(known.config)}")
-    description = f"{_COMMANDS[command][0].__doc__} --config FILE.yaml fills the keys below, flags override it."
+    summary = memory.__doc__ if command == "doctor" else _COMMANDS[command][0].__doc__
+    description = f"{summary} --config FILE.yaml fills the keys below, flags override it."
     prog = f"dimo {command}"
     if not known.config:
         return tyro.cli(cls, args=rest, prog=prog, description=description)
