@@ -49,6 +49,9 @@ def text_encoder(folder: Path, *, states: int, pooled: int, positions: int = 12)
     vocab |= {token: i for i, token in enumerate([*letters, *(f"{c}</w>" for c in letters)], len(vocab))}
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=positions)
     tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # the released folders have these two instead
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     config = transformers.CLIPTextConfig(
         vocab_size=len(vocab), hidden_size=states, intermediate_size=2 * states, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=positions, projection_dim=pooled, bos_token_id=0, eos_token_id=1,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .state_dicts import CheckpointError, read_state_dict
 
 _STEM = "diffusion_pytorch_model"
+WEIGHT_FILES = ("config.json", f"{_STEM}.safetensors", f"{_STEM}-*.safetensors", f"{_STEM}.safetensors.index.json")
 
 
 def read_component(folder: Path, name: str, class_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

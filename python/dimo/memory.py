@@ -85,7 +85,7 @@ def _forward(teacher: Teacher, config: DistillConfig) -> tuple[int, int]:
 
 def _saved(teacher: Teacher, config: DistillConfig, *, recompute: bool) -> tuple[int, int]:
     batch = config.run.batch_size
-    condition = pytree.tree_map(lambda t: t.cpu(), teacher.null_condition(batch))
+    condition = pytree.tree_map(lambda t: t.cpu(), teacher.blank_condition(batch))
     tokens, ratio = torch.full((batch, teacher.seq_len), teacher.mask_id), torch.full((batch,), 0.5)
     model = build_on_meta(lambda: type(teacher).build(teacher.network_config()), "teacher")
     storages: dict[int, Tensor] = {}

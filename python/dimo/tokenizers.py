@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .diffusers_layout import read_component
+from .diffusers_layout import WEIGHT_FILES, read_component
 from .files import import_extra
 from .networks.vqgan import VQGAN, VQGANConfig
 from .state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, locate, read_state_dict, shape_of
@@ -128,7 +128,7 @@ class DiffusersTokenizer(Tokenizer):
     @classmethod
     def from_original(cls, path: str | os.PathLike) -> DiffusersTokenizer:
         """Load a diffusers folder with vqvae, or the folder vqvae itself; a Hugging Face id of the first."""
-        source = locate(path, ("vqvae/*",))
+        source = locate(path, [f"vqvae/{name}" for name in WEIGHT_FILES])
         config, state = read_component(source, "vqvae", "VQModel")
         model = build_on_meta(lambda: cls.build(config), source)
         load_exactly(model.network, state, source, assign=True)

@@ -82,6 +82,10 @@ class AmusedTeacher(TextToImageTeacher):
         with _perturbed(self.network.embed, perturb):
             return self.network(tokens_BHW, condition["states"], condition["pooled"], condition["micro_conditions"])
 
+    def text_widths(self) -> tuple[int, int]:
+        """Return the channels of the text states and of the pooled vector."""
+        return self.network.config.encoder_hidden_size, self.network.config.cond_embed_dim
+
     def sizes(self) -> dict[str, Any]:
         """Return diffusers' sizes of the network."""
         return {name: value for name, value in self.network.config.items() if not name.startswith("_")}

@@ -98,6 +98,10 @@ class Teacher(nn.Module, ABC):
     def null_condition(self, batch_size: int) -> Condition:
         """Return the unconditional condition for classifier-free guidance."""
 
+    def blank_condition(self, batch_size: int) -> Condition:
+        """Return a condition of the right shapes, whatever it says: for estimates."""
+        return self.null_condition(batch_size)
+
     def origin(self) -> dict[str, str]:
         """Return fingerprints of what training draws conditions from, besides the configuration."""
         return {}

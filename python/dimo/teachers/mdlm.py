@@ -109,6 +109,10 @@ class MDLMTeacher(Teacher):
         """Raise: without a condition there is nothing to lead away from."""
         raise ValueError("guidance_scale: expected 1 for kind 'mdlm', which has no condition to guide by")
 
+    def blank_condition(self, batch_size: int) -> Condition:
+        """Return the placeholder."""
+        return self.condition(batch_size)
+
     def sample_condition(self, batch_size: int, key: Tensor) -> Condition:
         """Return the placeholder."""
         return self.condition(batch_size)

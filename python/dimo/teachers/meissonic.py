@@ -109,6 +109,10 @@ class MeissonicTeacher(TextToImageTeacher):
             perturb=perturb,
         )
 
+    def text_widths(self) -> tuple[int, int]:
+        """Return the channels of the text states and of the pooled vector."""
+        return self.network.config.joint_attention_dim, self.network.config.pooled_projection_dim
+
     def sizes(self) -> dict[str, Any]:
         """Return the sizes of the network under their published names."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.network.config).items()}

@@ -17,14 +17,13 @@ from dimo_ext.random import random_integers
 
 from ..config import PromptsConfig
 from ..data.encoded import EncodedPrompts, default_cache
+from ..diffusers_layout import WEIGHT_FILES
 from ..state_dicts import CheckpointError, locate
 from ..text_encoder import EncodedText, LongPrompts, PromptEncoder
 from ..tokenizers import DiffusersTokenizer
 from .base import Condition, Teacher, perturbation
 
-_WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors",
-            "diffusion_pytorch_model.safetensors.index.json")  # fmt: skip
-_ENCODER = ("text_encoder/config.json", "text_encoder/model*.safetensors", "tokenizer/*")
+_ENCODER = ("text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*")
 _AESTHETIC_SCORE = 6.0
 EXAMPLES = (
     "a photograph of a red fox in the snow", "an oil painting of a harbour at dawn", "a bowl of fruit on a table",
@@ -71,7 +70,9 @@ class TextToImageTeacher(Teacher):
 
     published: ClassVar[bool] = True
     prompted: ClassVar[bool] = True
-    hub_patterns: ClassVar[tuple[str, ...]] = (*(f"transformer/{name}" for name in _WEIGHTS), "vqvae/*", *_ENCODER)
+    hub_patterns: ClassVar[tuple[str, ...]] = (
+        *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in WEIGHT_FILES), *_ENCODER,
+    )  # fmt: skip
 
     def __init__(self, network: nn.Module, settings: TextToImageSettings) -> None:
         super().__init__()
@@ -151,6 +152,18 @@ class TextToImageTeacher(Teacher):
             self._negative = self._encoder().encode([self.settings.negative_prompt])
         rows = (tensor.to(self.device).expand(batch_size, *tensor.shape[1:]) for tensor in self._negative)
         return self._with_micro_conditions(EncodedText(*rows))
+
+    def blank_condition(self, batch_size: int) -> Condition:
+        """Return zeros for a prompt of CLIP's 77 tokens."""
+        states, pooled = self.text_widths()
+        text = EncodedText(
+            *(torch.zeros(batch_size, *shape, device=self.device) for shape in ((77, states), (pooled,)))
+        )
+        return self._with_micro_conditions(text)
+
+    @abstractmethod
+    def text_widths(self) -> tuple[int, int]:
+        """Return the channels of the text states and of the pooled vector."""
 
     def sample_condition(self, batch_size: int, key: Tensor) -> Condition:
         """Draw prompts uniformly from the attached ones.
