@@ -235,7 +235,7 @@ def test_every_problem_of_the_names_is_listed(tmp_path):
         (("maskgit", MASKGIT), {"heads": 4}, "expected 1024 tokens .* got 33 ids, 16 positions"),
         (("maskgit", MASKGIT), {"tokenizer": VQGAN, "heads": 5}, "unusable network sizes: width: expected a multiple"),
         (("maskgit", MASKGIT), {"haeds": 4}, "teacher haeds: no option of kind 'maskgit', expected one of heads"),
-        (("maskgit", "nowhere.pth"), {}, "nowhere.pth: no such file"),
+        (("maskgit", "nowhere.pth"), {}, "nowhere.pth: no such file or folder; `dimo convert` writes one"),
         (("digits", MASKGIT), {}, "MaskGIT_tiny.pth: expected a folder with model.safetensors"),
         ((MASKGIT,), {}, "a published checkpoint needs its kind: one of digits, maskgit, halton"),
         (("digits",), {"heads": 2}, "heads: belongs to a published checkpoint"),

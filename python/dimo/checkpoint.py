@@ -158,6 +158,10 @@ def load_teacher(
     if path is None:
         return _from_folder(_shipped(cls.kind), cls, tokenizer, options)
     source = locate(path, cls.hub_patterns + PATTERNS)
+    if cls.published and not source.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; `dimo convert` writes one from a published checkpoint, see docs/teachers"
+        )
     if not cls.published or _is_ours(source):
         return _from_folder(source, cls, tokenizer, options)
     _check_options(cls, options)
