@@ -7,6 +7,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,11 @@ class Trainer(ABC):
     modules: dict[str, nn.Module]
     updaters: dict[str, Updater]
     headline: tuple[str, ...]  # the scalars that the progress bar shows
-    origin: dict[str, str]  # what besides the configuration determines the run: a fingerprint of weights or data
+
+    @property
+    @abstractmethod
+    def origin(self) -> dict[str, str]:
+        """What besides the configuration determines the run: a fingerprint of weights or data."""
 
     @property
     @abstractmethod
@@ -128,7 +133,6 @@ class DistillationTrainer(Trainer):
     def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
         self.method, self.run = config.method, config.run
         self.teacher = teacher.eval().requires_grad_(False)
-        self.origin = {"teacher_weights": fingerprint(teacher)}
         self.student = copy.deepcopy(teacher).float().requires_grad_(True)
         self.auxiliary = copy.deepcopy(teacher).float().requires_grad_(True)
         if config.method.freeze == "recipe":
@@ -145,6 +149,11 @@ class DistillationTrainer(Trainer):
             "student_optimizer": Updater(list(self.student.parameters()), config.student, steps),
             "auxiliary_optimizer": Updater(list(self.auxiliary.parameters()), config.auxiliary, steps, auxiliary_steps),
         }
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """The teacher's weights, which stay as they are."""
+        return {"teacher_weights": fingerprint(self.teacher)}
 
     @property
     def result(self) -> Teacher:
@@ -227,13 +236,18 @@ class PretrainingTrainer(Trainer):
 
     def __init__(self, model: Teacher, data: DigitsSplit, config: PretrainConfig) -> None:
         self.config, self.run, self.model = config, config.run, model.train()
-        self.origin = {"data": data.checksum()}
+        self.data = data
         self.tokens, self.labels = data.tokens.to(model.device), data.labels.to(model.device)
         self.ema = Ema(model, config.run.ema_decay)
         self.key = dimo_ext.random_key(config.run.seed, device=model.device)
         self.modules = {"model": model, "ema": self.ema.model}
         self.prepare(model)
         self.updaters = {"optimizer": Updater(list(model.parameters()), config.optimizer, config.run.steps)}
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """The data."""
+        return {"data": self.data.checksum()}
 
     @property
     def result(self) -> Teacher:
