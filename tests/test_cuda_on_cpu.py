@@ -92,6 +92,16 @@ class Shim:
     def sample_categorical(self, sizes, logits, guidance, key, temperature, filters, *outputs) -> None:
         self("sample_categorical", *_flat(sizes, logits), *guidance, *key, temperature, *filters, *outputs)
 
+    def reveal_ancestral(self, sizes, logits, guidance, key, temperature, filters, state, mask_id, chance, out) -> None:
+        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
+        self("reveal_ancestral", *draw, state, mask_id, *chance, out)
+
+    def reveal_confident(
+        self, sizes, logits, guidance, key, temperature, filters, state, mask_id, count, noise, workspace, out
+    ) -> None:
+        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
+        self("reveal_confident", *draw, state, mask_id, *count, noise, *workspace, out)
+
     def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale) -> None:
         self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale)
 
