@@ -43,14 +43,14 @@ def words_of(seeds: int | list[int], offset: int, batch: int, length: int) -> np
     return np.stack([oracles.row_words(seed, offset, 0, length, oracles.REVEAL) for seed in seeds])
 
 
-def most_confident(log_prob: Tensor, noise_scale: float, words: np.ndarray, masked: Tensor, counts: list[int]) -> Tensor:
+def most_confident(log_prob: Tensor, noise_scale: float, words: np.ndarray, masked: Tensor, counts: list) -> Tensor:
     """Where the most confident masked positions of each sample are, ``[B, L]``, one after the other."""
     chosen = torch.zeros(masked.shape, dtype=torch.bool)
     noise = -np.log(-np.log((words + 0.5) / 2.0**32))
     confidence = log_prob.double().cpu().numpy() + noise_scale * noise
     for sample, count in enumerate(counts):
         positions = masked[sample].nonzero()[:, 0].tolist()
-        for i in sorted(positions, key=lambda i: (-confidence[sample, i], i))[:count]:  # noqa: B023
+        for i in sorted(positions, key=lambda i: (-confidence[sample, i], i))[:count]:
             chosen[sample, i] = True
     return chosen
 
@@ -124,12 +124,13 @@ def test_samples_of_any_length(device, length):
         revealed = dx.reveal_confident(logits, tokens, count, MASK, noise_scale=1.0, key=key)
         chosen = most_confident(log_prob, 1.0, words, (tokens == MASK).cpu(), [count] * 2)
         assert torch.equal(revealed, torch.where(chosen.to(device), drawn, tokens))
-    assert torch.equal(dx.reveal_ancestral(logits, tokens, 1.0, MASK, key=key), torch.where(tokens == MASK, drawn, tokens))
+    revealed = dx.reveal_ancestral(logits, tokens, 1.0, MASK, key=key)
+    assert torch.equal(revealed, torch.where(tokens == MASK, drawn, tokens))
 
 
 @pytest.mark.parametrize("length", [10, 300, 5000])
 def test_equally_confident_positions_are_revealed_in_order(device, length):
-    """Ids that are equally likely everywhere: the first masked positions; two levels of confidence: the higher first."""
+    """Ids that are equally likely: the first masked positions; two levels of confidence: the higher one first."""
     tokens, key = half_masked((2, length), device), dx.random_key(3, device=device)
     logits = torch.zeros(2, length, 5, device=device)
     logits[:, 1::3, 2:] = -inf
@@ -150,8 +151,10 @@ def test_logits_of_other_positions_have_no_effect(device, vocab, poison):
     cond, uncond = LogitsCase((2, 12), vocab).build(device)
     tokens, key = half_masked((2, 12), device), dx.random_key(1, device=device)
     for options in ({}, {"top_p": 0.9}, {"uncond_logits": uncond, "guidance_scale": 2.0}):
-        calls = [lambda o=options: dx.reveal_ancestral(cond, tokens, 0.6, MASK, key=key, **o),
-                 lambda o=options: dx.reveal_confident(cond, tokens, 3, MASK, noise_scale=1.0, key=key, **o)]  # fmt: skip
+        calls = [
+            lambda o=options: dx.reveal_ancestral(cond, tokens, 0.6, MASK, key=key, **o),
+            lambda o=options: dx.reveal_confident(cond, tokens, 3, MASK, noise_scale=1.0, key=key, **o),
+        ]
         clean = [call() for call in calls]
         for z in (cond, uncond):
             z[tokens != MASK] = poison
