@@ -16,12 +16,18 @@ namespace {
 constexpr int64_t kMostBlocks = 1 << 14;
 
 template <class Kernel>
-int launch_rows(Kernel kernel, int64_t rows_per_block, int threads, const SampleCategoricalArgs& args,
-                const DrawRules& rules, void* stream) {
+int launch_rows(Kernel kernel, int64_t rows_per_block, int threads, size_t shared_bytes,
+                const SampleCategoricalArgs& args, const DrawRules& rules, void* stream) {
   const int64_t blocks = (args.shape.rows + rows_per_block - 1) / rows_per_block;
   const dim3 grid(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks));
-  const auto shared_bytes = static_cast<size_t>(threads / kWarp * ring_bytes(args));
   return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args, rules);
+}
+
+template <int kWarps, int kBits, bool kGuided>
+int launch_filtered_rows(const SampleCategoricalArgs& args, const DrawRules& rules, void* stream) {
+  const auto shared_bytes = static_cast<size_t>(kWarps * ring_bytes(args));
+  return launch_rows(filtered_rows_kernel<kWarps, kBits, kGuided>, 1, kWarps * kWarp, shared_bytes, args, rules,
+                     stream);
 }
 
 template <bool kGuided, bool kFiltered>
@@ -44,15 +50,14 @@ int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
   if (vocab <= kHeld)
     return rules.greedy || rules.filtered ? launch_lane_rows<kGuided, true>(args, rules, stream)
                                           : launch_lane_rows<kGuided, false>(args, rules, stream);
-  if (rules.greedy || rules.filtered) {
-    if (vocab <= kWarpVocab) return launch_rows(filtered_rows_kernel<1, 8, kGuided>, 1, kWarp, args, rules, stream);
-    return launch_rows(filtered_rows_kernel<kManyWarps, 11, kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
-  }
+  if (rules.greedy || rules.filtered)
+    return vocab <= kFilteredWarpVocab ? launch_filtered_rows<1, 8, kGuided>(args, rules, stream)
+                                       : launch_filtered_rows<kManyWarps, 11, kGuided>(args, rules, stream);
   if (vocab <= kShortVocab)
-    return launch_rows(short_rows_kernel<kGuided>, kShortThreads / kShortLanes, kShortThreads, args, rules, stream);
+    return launch_rows(short_rows_kernel<kGuided>, kShortThreads / kShortLanes, kShortThreads, 0, args, rules, stream);
   if (vocab <= kWarpVocab)
-    return launch_rows(warp_rows_kernel<kGuided>, kRowsPerBlock, kRowsPerBlock * kWarp, args, rules, stream);
-  return launch_rows(block_rows_kernel<kGuided>, 1, kManyWarps * kWarp, args, rules, stream);
+    return launch_rows(warp_rows_kernel<kGuided>, kRowWarps, kRowWarps * kWarp, 0, args, rules, stream);
+  return launch_rows(block_rows_kernel<kGuided>, 1, kRowWarps * kWarp, 0, args, rules, stream);
 }
 
 }  // namespace

@@ -11,6 +11,20 @@
 namespace dimo::cuda {
 namespace {
 
+// Bytes of shared memory for the chunks of a warp.
+__host__ __device__ inline int ring_bytes(const SampleCategoricalArgs& args) {
+  return kSlots * (slot_bytes(args.logits) + slot_bytes(args.uncond));
+}
+
+__device__ inline unsigned char* slots_of_warp(const SampleCategoricalArgs& args) {
+  return shared_memory<unsigned char>() + threadIdx.x / kWarp * ring_bytes(args);
+}
+
+constexpr int64_t kFilteredWarpVocab = 4096;  // up to here a warp a row
+
+// Warps that a multiprocessor is to hold, as registers allow without spills.
+constexpr int filtering_warps(bool guided) { return guided ? 16 : 24; }
+
 struct Largest {
   float top;  // +inf where a logit is no number, or infinite
   int id;     // the lowest
@@ -22,14 +36,11 @@ __device__ Largest find_largest(const Row<kGuided>& source, unsigned char* slots
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   constexpr int kNone = 0x7fffffff;
   Largest own = {-INFINITY, kNone};
-  source.template each_chunk<kWarps>(
-      lanes.rank, warp, slots,
-      [&](int chunk, int, const float (&z)[kShare]) {
+  source.template each_chunk<kWarps>(lanes.rank, warp, slots, [&](int chunk, const float (&z)[kShare]) {
 #pragma unroll
-        for (int i = 0; i < kShare; ++i)
-          if (!(z[i] <= own.top)) own = {z[i] < INFINITY ? z[i] : INFINITY, chunk * kChunk + lanes.rank + i * kWarp};
-      },
-      [](int) {});
+    for (int i = 0; i < kShare; ++i)
+      if (!(z[i] <= own.top)) own = {z[i] < INFINITY ? z[i] : INFINITY, chunk * kChunk + lanes.rank + i * kWarp};
+  });
   const auto lower = [](int a, int b) { return a < b ? a : b; };
   Largest all;
   all.top = lanes.max(own.top);
@@ -76,16 +87,13 @@ __device__ float find_largest_of_shares(const Row<kGuided>& source, unsigned cha
   bool dead = false;
 #pragma unroll
   for (int i = 0; i < kShare; ++i) drops[i] = -INFINITY;
-  source.template each_chunk<kWarps>(
-      lanes.rank, warp, slots,
-      [&](int, int, const float (&z)[kShare]) {
+  source.template each_chunk<kWarps>(lanes.rank, warp, slots, [&](int, const float (&z)[kShare]) {
 #pragma unroll
-        for (int i = 0; i < kShare; ++i) {
-          drops[i] = fmaxf(drops[i], z[i]);
-          dead |= !(z[i] < INFINITY);
-        }
-      },
-      [](int) {});
+    for (int i = 0; i < kShare; ++i) {
+      drops[i] = fmaxf(drops[i], z[i]);
+      dead |= !(z[i] < INFINITY);
+    }
+  });
   float top = dead ? INFINITY : drops[0];
 #pragma unroll
   for (int i = 1; i < kShare; ++i) top = fmaxf(top, drops[i]);
@@ -157,7 +165,7 @@ struct List {
 };
 
 template <int kWarps, int kBits, bool kGuided>
-__global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
+__global__ __launch_bounds__(kWarps* kWarp, filtering_warps(kGuided) /
                                                 kWarps) void filtered_rows_kernel(const SampleCategoricalArgs args,
                                                                                   const DrawRules rules) {
   constexpr int kThreads = kWarps * kWarp, kListed = kWarps == 1 ? 512 : 2048;
@@ -187,13 +195,10 @@ __global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
       continue;
     }
     const auto in_row = [&](const auto& visit) {
-      source.template each_chunk<kWarps>(
-          rank % kWarp, rank / kWarp, slots,
-          [&](int, int, const float (&z)[kShare]) {
+      source.template each_chunk<kWarps>(rank % kWarp, rank / kWarp, slots, [&](int, const float (&z)[kShare]) {
 #pragma unroll
-            for (int i = 0; i < kShare; ++i) visit(top - z[i]);
-          },
-          [](int) {});
+        for (int i = 0; i < kShare; ++i) visit(top - z[i]);
+      });
     };
     const auto in_shares = [&](const auto& visit) {
 #pragma unroll
@@ -226,7 +231,7 @@ __global__ __launch_bounds__(kWarps* kWarp, (resident_warps(kGuided) - 8) /
       if (rules.top_p < 1.0) limit = find_threshold<true, kWarps, kBits>(in_row, rules, limit, bins, board);
     }
     const Filter filter = {top, fminf(__uint_as_float(limit), rules.min_p_drop)};
-    draw<kWarps>(source, filter, rules, row, slots, parity, board);
+    draw<kWarps, kStridedChunks>(source, filter, rules, row, parity, board);
   }
 }
 

@@ -9,11 +9,13 @@
 namespace dimo::cuda {
 namespace {
 
-constexpr int64_t kWarpVocab = 4096;  // up to here a warp a row
-constexpr int kManyWarps = 8;
-constexpr int kRowsPerBlock = 4;  // where each has a warp
-// Warps that a multiprocessor is to hold, as registers allow without spills.
-constexpr int resident_warps(bool guided) { return guided ? 24 : 32; }
+constexpr int64_t kWarpVocab = 33 * kChunk;  // up to here a warp a row
+constexpr int kManyWarps = 8;                // of a filtered row
+constexpr int kRowWarps = 4;                 // of a block: with a row each, or one for all
+// Chunks that a warp holds in registers, and how many warps a multiprocessor is to hold.
+template <bool kGuided>
+constexpr int kSegmentChunks = kGuided ? 4 : 8;
+constexpr int resident_warps(bool guided) { return guided ? 20 : 20; }
 
 // Who has won among some chunks: their top and mass, the winner's score and random words.
 struct Winner {
@@ -37,36 +39,74 @@ __device__ inline Winner united(const Lanes<kWarp>& lanes, Winner own, float rat
   return all;
 }
 
-template <int kWarps, bool kGuided, class Filter>
+// The sums over all lanes of kValues numbers: of number lane / (32 / kValues).
+template <int kValues>
+__device__ float sum_each(const Lanes<kWarp>& lanes, float (&x)[kValues]) {
+  int step = kWarp / 2;
+#pragma unroll
+  for (int half = kValues / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = (lanes.rank & step) != 0;  // has the upper half of the numbers from here on
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+      x[i] = kept + __shfl_xor_sync(lanes.mask, given, step);
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) x[0] += __shfl_xor_sync(lanes.mask, x[0], step);
+  return x[0];
+}
+
+// Of segment after segment of a warp the lanes keep the chunks' masses, a chunk each, until all have one: then 32 race
+// at once.
+template <int kWarps, int kChunks, bool kGuided, class Filter>
 __device__ Winner run_race(const Lanes<kWarp>& lanes, const Row<kGuided>& source, const Filter& filter, int64_t row,
-                           int warp, unsigned char* slots, float rate) {
+                           int warp, float rate) {
+  constexpr int kIds = kChunks * kChunk, kSharers = kWarp / kChunks;  // lanes that know a chunk's mass
   ChunkRace<ScalarMath> race;
   uint32_t word1 = 0, word2 = 0;
   float chunk_top = -INFINITY, chunk_sum = 0.0f;
-  source.template each_chunk<kWarps>(
-      lanes.rank, warp, slots,
-      [&](int, int slot, float (&z)[kShare]) {
-        filter.apply(z);
-        float sum = 0.0f;
-        const float top = largest(lanes, z), usable = finite(top);
+  const int segments = (source.vocab() + kIds - 1) / kIds;
+  int slot = 0;
+#pragma unroll 1
+  for (int segment = warp; segment < segments; segment += kWarps) {
+    const int first = segment * kIds, left = source.vocab() - first;
+    Segment<kChunks> z;
+    source.load(lanes.rank, first, left, z);
+    float top = -INFINITY;
 #pragma unroll
-        for (int i = 0; i < kShare; ++i) sum += exp2_fast((z[i] - usable) * rate);
-        sum = lanes.sum(sum);
-        if (lanes.rank == slot) {
-          chunk_top = top;
-          chunk_sum = sum;
-        }
-      },
-      [&](int first) {
-        const int chunk = first + kWarps * lanes.rank;
-        const Words4 words = source.stream(row).words(static_cast<uint32_t>(chunk));
-        if (race.enter(chunk_top, chunk_sum, negative_log(~words.word[0]), chunk, rate)) {
-          word1 = words.word[1];
-          word2 = words.word[2];
-        }
-        chunk_top = -INFINITY;
-        chunk_sum = 0.0f;
-      });
+    for (int c = 0; c < kChunks; ++c) {
+      filter.apply(z[c]);
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) top = fmaxf(top, z[c][i]);
+    }
+    top = lanes.max(top);
+    const float usable = finite(top);
+    float sums[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      sums[c] = 0.0f;
+      if (c * kChunk < left) {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) sums[c] += exp2_fast((z[c][i] - usable) * rate);
+      }
+    }
+    const float sum = sum_each(lanes, sums);
+    if (lanes.rank % kSharers == slot) {
+      chunk_top = top;
+      chunk_sum = sum;
+    }
+    if (++slot < kSharers && segment + kWarps < segments) continue;
+    const int chunk = (segment + (lanes.rank % kSharers - slot + 1) * kWarps) * kChunks + lanes.rank / kSharers;
+    const Words4 words = source.stream(row).words(static_cast<uint32_t>(chunk));
+    if (race.enter(chunk_top, chunk_sum, negative_log(~words.word[0]), chunk, rate)) {
+      word1 = words.word[1];
+      word2 = words.word[2];
+    }
+    chunk_top = -INFINITY;
+    chunk_sum = 0.0f;
+    slot = 0;
+  }
   return united(lanes, {race.top, race.total, race.best / race.rival, race.chunk, word1, word2}, rate);
 }
 
@@ -85,29 +125,20 @@ __device__ void finish(const Lanes<kWarp>& lanes, const Row<kGuided>& source, co
   pick(lanes, source.args, rules, z, kShare, winner.word1, winner.word2, first, winner.top, winner.total, row);
 }
 
-// Bytes of shared memory for the chunks of a warp.
-__host__ __device__ inline int ring_bytes(const SampleCategoricalArgs& args) {
-  return kSlots * (slot_bytes(args.logits) + slot_bytes(args.uncond));
-}
-
-__device__ inline unsigned char* slots_of_warp(const SampleCategoricalArgs& args) {
-  return shared_memory<unsigned char>() + threadIdx.x / kWarp * ring_bytes(args);
-}
-
 template <bool kGuided>
-__global__ __launch_bounds__(kRowsPerBlock* kWarp, resident_warps(kGuided) / kRowsPerBlock) void warp_rows_kernel(
-    const SampleCategoricalArgs args, const DrawRules rules) {
+__global__ __launch_bounds__(kRowWarps* kWarp, resident_warps(kGuided) /
+                                                   kRowWarps) void warp_rows_kernel(const SampleCategoricalArgs args,
+                                                                                    const DrawRules rules) {
   const Lanes<kWarp> lanes;
-  unsigned char* const slots = slots_of_warp(args);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp; row < args.shape.rows;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowWarps;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp; row < args.shape.rows;
        row += step) {
     if (!is_wanted(args, row)) {
       if (lanes.rank == 0) keep(args, row);
       continue;
     }
     const Row<kGuided> source(args, row);
-    const Winner winner = run_race<1>(lanes, source, NoFilter{}, row, 0, slots, rules.rate);
+    const Winner winner = run_race<1, kSegmentChunks<kGuided>>(lanes, source, NoFilter{}, row, 0, rules.rate);
     finish(lanes, source, NoFilter{}, rules, winner, row);
   }
 }
@@ -123,12 +154,12 @@ struct Board {
 };
 
 // The first warp picks; the others go on.
-template <int kWarps, bool kGuided, class Filter>
-__device__ void draw(const Row<kGuided>& source, const Filter& filter, const DrawRules& rules, int64_t row,
-                     unsigned char* slots, int parity, Board& board) {
+template <int kWarps, int kChunks, bool kGuided, class Filter>
+__device__ void draw(const Row<kGuided>& source, const Filter& filter, const DrawRules& rules, int64_t row, int parity,
+                     Board& board) {
   const Lanes<kWarp> lanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  Winner winner = run_race<kWarps>(lanes, source, filter, row, warp, slots, rules.rate);
+  Winner winner = run_race<kWarps, kChunks>(lanes, source, filter, row, warp, rules.rate);
   if constexpr (kWarps > 1) {
     if (lanes.rank == 0) board.winners[parity][warp] = winner;
     __syncthreads();
@@ -140,9 +171,9 @@ __device__ void draw(const Row<kGuided>& source, const Filter& filter, const Dra
 }
 
 template <bool kGuided>
-__global__ __launch_bounds__(kManyWarps* kWarp, resident_warps(kGuided) /
-                                                    kManyWarps) void block_rows_kernel(const SampleCategoricalArgs args,
-                                                                                       const DrawRules rules) {
+__global__ __launch_bounds__(kRowWarps* kWarp, resident_warps(kGuided) /
+                                                   kRowWarps) void block_rows_kernel(const SampleCategoricalArgs args,
+                                                                                     const DrawRules rules) {
   __shared__ Board board;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < args.shape.rows; row += gridDim.x) {
@@ -150,7 +181,7 @@ __global__ __launch_bounds__(kManyWarps* kWarp, resident_warps(kGuided) /
       if (threadIdx.x == 0) keep(args, row);
       continue;
     }
-    draw<kManyWarps>(Row<kGuided>(args, row), NoFilter{}, rules, row, slots_of_warp(args), parity, board);
+    draw<kRowWarps, kSegmentChunks<kGuided>>(Row<kGuided>(args, row), NoFilter{}, rules, row, parity, board);
     parity ^= 1;
   }
 }
