@@ -6,10 +6,11 @@ import torch
 import dimo_ext
 from dimo.networks.maskgit import MaskGITConfig, MaskTransformer
 from dimo.networks.mdlm import MDLMConfig, MDLMTransformer
-from dimo.published_samplers import amused_plan, amused_step, sample_amused, sample_mdlm
+from dimo.published_samplers import amused_plan, sample_amused, sample_mdlm
 from dimo.samplers import sample_ancestral
 from dimo.schedules import mask_ratio
 from dimo.teachers import MaskGITTeacher, MDLMTeacher
+from dimo_ext import reference
 from tests.golden import Golden
 
 RUNS = [("amused", 0), ("amused", 1), ("meissonic", 0), ("meissonic", 1)]
@@ -24,30 +25,36 @@ def run(request):
     return tensors, golden.constructor["runs"][number], golden.constructor["mask_token_id"]
 
 
-def plan_of(arguments, length):
-    """The published arithmetic for a number is a fall to 0.01."""
-    given = arguments["temperature"]
+def counts_of(arguments, masked, length):
+    """How many tokens each step reveals of each sample, and the noise's scale; a number falls to 0.01."""
+    given, starting = arguments["temperature"], arguments["starting"]
     pair = tuple(given) if isinstance(given, list) else (given, 0.01)
-    plan = amused_plan(arguments["masking_schedule"], arguments["steps"], length, pair)
-    if arguments["starting"] == 1.0:
-        return plan
-    progress = torch.arange(1, arguments["steps"] + 1) / arguments["steps"]
-    left = (length * (arguments["starting"] * mask_ratio(arguments["masking_schedule"], 1 - progress))).floor().long()
-    return [(int(n), scale) for n, (_, scale) in zip(left, plan, strict=True)]
+    plans = [
+        amused_plan(arguments["masking_schedule"], arguments["steps"], n, pair, of=length * starting)
+        for n in masked.tolist()
+    ]
+    return [(torch.tensor([count for count, _ in step]), step[0][1]) for step in zip(*plans, strict=True)]
 
 
-def test_recorded_runs(run):
+def test_recorded_runs(run, monkeypatch):
     """Every step of every run: tokens equal, given the recorded logits and draws."""
     tensors, arguments, mask_id = run
     tokens = tensors["in.first_sample"].flatten(1)
-    for step, (left, scale) in enumerate(plan_of(arguments, tokens.shape[1])):
+    masked = (tokens == mask_id).sum(1)
+    for step, (counts, scale) in enumerate(counts_of(arguments, masked, tokens.shape[1])):
         assert torch.equal(tokens, tensors[f"out.step{step}.sample_in"].flatten(1))
         assert scale == pytest.approx(tensors["out.temperatures"][step].item(), abs=1e-6)
-        drawn = tensors[f"in.step{step}.multinomial"]
-        log_probs = tensors[f"in.step{step}.model_output"].flatten(2).transpose(1, 2).log_softmax(-1)
-        log_prob = log_probs.gather(-1, drawn[..., None])[..., 0]
-        uniform = tensors.get(f"in.step{step}.uniform", torch.full(drawn.shape, 0.5))  # the last step draws none
-        tokens = amused_step(tokens, drawn, log_prob, uniform, left, scale, mask_id)
+        logits, drawn = (
+            tensors[f"in.step{step}.model_output"].flatten(2).transpose(1, 2),
+            tensors[f"in.step{step}.multinomial"],
+        )
+        log_prob = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        uniform = tensors.get(f"in.step{step}.uniform", torch.full(drawn.shape, 0.5)).double()  # the last draws none
+        monkeypatch.setattr(reference, "sample_categorical", lambda *_, draw=(drawn, log_prob): draw)
+        monkeypatch.setattr(reference, "uniform", lambda _, noise=uniform: noise)
+        with dimo_ext.use_backend("reference"):
+            key = dimo_ext.random_key(0)
+            tokens = dimo_ext.reveal_confident(logits, tokens, counts, mask_id, noise_scale=scale, key=key)
         assert torch.equal(tokens, tensors[f"out.step{step}.prev_sample"].flatten(1))
     assert (tokens != mask_id).all()
 
@@ -90,12 +97,9 @@ def test_amused_reveals_all_and_keeps_what_it_revealed(steps, model, monkeypatch
         assert (after == model.mask_id).sum(1).unique().numel() == 1
 
 
-def test_amused_without_noise_is_greedy_in_confidence(model):
-    """Scale 0: those that stay masked are the least probable draws."""
-    tokens = torch.full((2, 5), 11)
-    log_prob = torch.tensor([[-1.0, -5.0, -2.0, -4.0, -3.0], [-5.0, -1.0, -3.0, -4.0, -2.0]])
-    after = amused_step(tokens, torch.arange(5).expand(2, 5), log_prob, torch.rand(2, 5), 2, 0.0, 11)
-    assert after.tolist() == [[0, 11, 2, 11, 4], [11, 1, 2, 11, 4]]
+def test_amused_refuses_greedy_draws(model):
+    with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
+        sample_amused(model, torch.arange(2), steps=3, temperature=0.0, key=dimo_ext.random_key(0))
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

@@ -8,9 +8,9 @@ from torch import Tensor
 import dimo_ext
 from dimo_ext.philox import Tag, random_words, uniform
 
-from .guidance import guided_logits
+from .samplers import all_masked, draw_at
 from .schedules import mask_ratio, sampling_ratios
-from .teachers.base import Condition, Teacher, condition_size
+from .teachers.base import Condition, Teacher
 
 
 @torch.no_grad()
@@ -38,46 +38,39 @@ def sample_amused(
     Returns:
         Tokens int64 ``[B, L]`` without [MASK].
     """
-    batch = condition_size(condition)
-    tokens = torch.full((batch, model.seq_len), model.mask_id, dtype=torch.int64, device=model.device)
-    ratios = sampling_ratios(mask_schedule, steps)
-    for step, (left, scale) in enumerate(amused_plan(mask_schedule, steps, model.seq_len, choice_temperature)):
-        step_key, ratio_B = dimo_ext.fold_in(key, step), torch.full((batch,), ratios[step].item(), device=tokens.device)
-        logits = guided_logits(model, tokens, condition, guidance_scale, mask_ratio=ratio_B)
-        drawn = dimo_ext.sample_categorical(
-            logits.cond, temperature=temperature, uncond_logits=logits.uncond, guidance_scale=guidance_scale,
-            key=step_key,
-        )  # fmt: skip
-        words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
-        tokens = amused_step(tokens, drawn.tokens, drawn.log_prob, uniform(words), left, scale, model.mask_id)
+    if temperature == 0.0:
+        raise ValueError("temperature: expected a number > 0, got 0: greedy draws are all equally confident")
+    ratios, tokens = sampling_ratios(mask_schedule, steps), all_masked(model, condition)
+    for step, (count, scale) in enumerate(amused_plan(mask_schedule, steps, model.seq_len, choice_temperature)):
+        ratio, step_key = ratios[step].item(), dimo_ext.fold_in(key, step)
+        draw = draw_at(model, tokens, condition, ratio, guidance_scale, temperature, step_key)
+        tokens = dimo_ext.reveal_confident(tokens=tokens, count=count, mask_id=model.mask_id, noise_scale=scale, **draw)
     return tokens
 
 
 def amused_plan(
-    mask_schedule: str, steps: int, seq_len: int, choice_temperature: tuple[float, float]
+    mask_schedule: str, steps: int, masked: int, choice_temperature: tuple[float, float], *, of: float | None = None
 ) -> list[tuple[int, float]]:
-    """Return for each step how many tokens stay masked after it, and the scale of the confidence's noise.
+    """Return for each step how many tokens it reveals, and the scale of the confidence's noise.
 
-    In float32 as published, where 16·cos(π/3) is a little less than 8.
+    After each step but the last floor(r·L) tokens stay masked, never more than before less one, and at least one. In
+    float32 as published, where 16·cos(π/3) is a little less than 8.
+
+    Args:
+        mask_schedule: gives r at times from 1 to 0.
+        steps: at least one.
+        masked: tokens that are masked before the first step.
+        choice_temperature: scale of the noise at the first and at the last step.
+        of: L of floor(r·L), times the mask ratio that sampling starts from; None = ``masked``.
     """
     progress = torch.arange(1, steps + 1, dtype=torch.float32) / steps
-    left = (seq_len * mask_ratio(mask_schedule, 1.0 - progress)).floor().long().tolist()
-    return list(zip([*left[:-1], 0], torch.linspace(*choice_temperature, steps).tolist(), strict=True))
-
-
-def amused_step(
-    tokens_BL: Tensor, drawn_BL: Tensor, log_prob_BL: Tensor, uniform_BL: Tensor, left: int, scale: float, mask_id: int
-) -> Tensor:
-    """Reveal the most confident draws until ``left`` tokens of a sample stay masked.
-
-    Never more stay than are masked now less one, and at least one unless ``left`` is 0.
-    """
-    masked = tokens_BL == mask_id
-    noise = -torch.log(-torch.log(uniform_BL))
-    confidence = (log_prob_BL + scale * noise).masked_fill(~masked, torch.inf)
-    rank = confidence.argsort(-1).argsort(-1)
-    stay = (masked.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=min(left, 1))
-    return torch.where(masked & (rank >= stay), drawn_BL, tokens_BL)
+    planned = ((masked if of is None else of) * mask_ratio(mask_schedule, 1.0 - progress)).floor().long().tolist()
+    counts = []
+    for left in [*planned[:-1], None]:
+        stay = 0 if left is None else max(1, min(left, masked - 1))
+        counts.append(masked - stay)
+        masked = stay
+    return list(zip(counts, torch.linspace(*choice_temperature, steps).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -96,16 +89,13 @@ def sample_mdlm(model: Teacher, condition: Condition, *, steps: int, temperature
     Returns:
         Tokens int64 ``[B, L]`` without [MASK].
     """
-    batch, ratios = condition_size(condition), sampling_ratios("linear", steps)
-    tokens = torch.full((batch, model.seq_len), model.mask_id, dtype=torch.int64, device=model.device)
+    ratios, tokens = sampling_ratios("linear", steps), all_masked(model, condition)
     for step in range(steps):
         r_t, r_s = ratios[step].item(), ratios[step + 1].item()
-        step_key, reveal = dimo_ext.fold_in(key, step), tokens == model.mask_id
-        if step < steps - 1:
-            reveal &= uniform(random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)) < (r_t - r_s) / r_t
-        if not reveal.any():  # waits for the device, which is cheaper than an evaluation
+        step_key, chance = dimo_ext.fold_in(key, step), (r_t - r_s) / r_t if step < steps - 1 else 1.0
+        words = random_words(step_key, len(tokens), 1, model.seq_len, Tag.REVEAL)  # those of reveal_ancestral
+        if not ((tokens == model.mask_id) & (uniform(words) < chance)).any():  # waits for the device: it is cheaper
             continue
-        logits = model.logits(tokens, condition, mask_ratio=torch.full((batch,), r_t, device=tokens.device))
-        drawn = dimo_ext.sample_categorical(logits, temperature=temperature, key=step_key)
-        tokens = torch.where(reveal, drawn.tokens, tokens)
+        draw = draw_at(model, tokens, condition, r_t, 1.0, temperature, step_key)
+        tokens = dimo_ext.reveal_ancestral(tokens=tokens, probability=chance, mask_id=model.mask_id, **draw)
     return tokens
