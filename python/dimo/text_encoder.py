@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .config import ConfigError
 from .files import import_extra
 from .state_dicts import CheckpointError
 
@@ -74,7 +75,7 @@ class PromptEncoder:
         """Return the encoded prompts on ``device``.
 
         Raises:
-            ValueError: a prompt is too long and ``long_prompts`` is "error".
+            ConfigError: a prompt is too long and ``long_prompts`` is "error".
             CheckpointError: the folder's files do not fit.
             ImportError: transformers is not installed.
         """
@@ -103,7 +104,7 @@ class PromptEncoder:
         if long:
             first = f"{prompts[long[0]][:60]!r} has {lengths[long[0]]} tokens, the encoder takes {self.max_length}"
             if self.long_prompts == "error":
-                raise ValueError(f"prompt: expected at most {self.max_length} tokens, got {lengths[long[0]]}: {first}")
+                raise ConfigError(f"prompt: expected at most {self.max_length} tokens, got {lengths[long[0]]}: {first}")
             warnings.warn(f"{len(long)} of {len(prompts)} prompts were cut: {first}", stacklevel=3)
         return self._tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..config import ConfigError
 from ..diffusers_layout import read_json
 from ..networks.mdlm import MDLMConfig, MDLMTransformer
 from ..state_dicts import (
@@ -107,7 +108,7 @@ class MDLMTeacher(Teacher):
 
     def null_condition(self, batch_size: int) -> Condition:
         """Raise: without a condition there is nothing to lead away from."""
-        raise ValueError("guidance_scale: expected 1 for kind 'mdlm', which has no condition to guide by")
+        raise ConfigError("guidance_scale: expected 1 for kind 'mdlm', which has no condition to guide by")
 
     def blank_condition(self, batch_size: int) -> Condition:
         """Return the placeholder."""
