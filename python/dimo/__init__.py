@@ -2,7 +2,7 @@
 
 from .checkpoint import load_teacher
 from .generator import OneStepGenerator, labels_per_class, sample_keys
-from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_one_step
+from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_halton, sample_one_step
 from .teachers import TEACHERS, Teacher
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "sample_ancestral",
     "sample_confident",
     "sample_few_steps",
+    "sample_halton",
     "sample_keys",
     "sample_one_step",
 ]
