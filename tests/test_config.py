@@ -198,6 +198,7 @@ OUT_OF_RANGE = [
     (RunConfig, {"output": "x", "preview_every": -1}, "preview_every"),
     (RunConfig, {"output": "x", "ema_decay": 1.0}, "ema_decay"),
     (RunConfig, {"output": " "}, "output"),
+    (PretrainConfig, {"run": {"output": "x", "cuda_graph": True}}, "run.cuda_graph"),
     (RunConfig, {"output": "x", "seed": -1}, "seed"),
     (RunConfig, {"output": "x", "seed": 2**32}, "seed"),
     (PretrainConfig, {"run": RUN, "mask_schedule": "cosin"}, "mask_schedule"),

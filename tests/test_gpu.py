@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dimo.config import DistillConfig, RunConfig
+from dimo.teachers import MaskGITTeacher
+from dimo.trainer import DistillationTrainer
 from tests.calls import CALLS, Inputs, every_call
 from tests.conftest import DTYPES, assert_equivalent
 
@@ -94,6 +97,52 @@ def test_it_gives_what_the_cpu_gives(name, dtype):
         here, there = [here[1][same]], [there[1].cpu()[same]]
     for a, b in zip(there, here, strict=True):
         assert_equivalent(a, b)
+
+
+def tiny_trainer(**run) -> DistillationTrainer:
+    """Deep enough to compute something, of a size that all kernels serve; the rate changes from step to step."""
+    sizes = {"grid_size": 4, "vocab_size": 37, "num_classes": 3, "width": 64, "depth": 2, "heads": 2, "mlp_width": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = MaskGITTeacher.build({**sizes, "dropout": 0.0}).to(GPU)
+    return DistillationTrainer(teacher, DistillConfig(RunConfig("unused", steps=20, batch_size=8, **run)))
+
+
+STEP_OPTIONS = [
+    {},
+    {"precision": "bfloat16"},
+    {"accumulation_steps": 2, "activation_checkpointing": True, "precision": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids=str)
+def test_a_training_step_does_not_wait(options):
+    """Neither student nor auxiliary phase, optimisers and average included."""
+    trainer = tiny_trainer(**options)
+    trainer.step(0)
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        trainer.step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids=str)
+def test_a_recorded_step_trains_like_the_plain_one(options):
+    """Draws, rates and average of each step its own, while other work takes and frees memory beside it."""
+    plain, recorded = tiny_trainer(**options), tiny_trainer(cuda_graph=True, **options)
+    for index in range(8):
+        expected, actual = plain.step(index), recorded.step(index)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=2e-2, atol=2e-3)
+    assert recorded.updates.calls == 8
+    start = tiny_trainer(**options).student
+    for a, b, c in zip(*(t.student.parameters() for t in (plain, recorded)), start.parameters(), strict=True):
+        assert (a - b).norm() <= 0.05 * (a - c).norm() + 1e-6
+    assert plain.step(8)["student_divergence"] != plain.step(9)["student_divergence"]
 
 
 LAUNCHERS = {

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dimo_ext
+from dimo.config import ConfigError
 from dimo.distill import auxiliary_loss, student_loss
+from dimo.optimizers import Updater
 from dimo.teachers import MaskGITTeacher, Teacher
-from dimo.trainer import CHECKPOINT, DistillationTrainer, PretrainingTrainer, Updater, run_training
+from dimo.trainer import CHECKPOINT, DistillationTrainer, PretrainingTrainer, run_training
 from tests.conftest import assert_close
 from tests.test_trainer import SIZES, Crash, assert_same_files, before_step, crash, distill_config, make, tiny
 
@@ -95,6 +97,11 @@ def test_a_step_that_reads_a_value_is_noticed(monkeypatch):
         trainer_of().step(0)
 
 
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(ConfigError, match=r"run\.cuda_graph: expected a cuda device, got cpu"):
+        trainer_of(cuda_graph=True)
+
+
 # --- accumulation ---------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +141,7 @@ def test_accumulated_auxiliary_gradients(monkeypatch):
 def test_accumulation_averages_what_is_logged():
     trainer, parts = trainer_of(accumulation_steps=3), []
     plain = trainer._student_batch
-    trainer._student_batch = lambda number: parts.append(plain(number)) or parts[-1]
+    trainer._student_batch = lambda key: parts.append(plain(key)) or parts[-1]
     scalars = trainer.step(0)
     for name, value in parts[0].scalars.items():
         mean = sum(part.scalars[name] for part in parts) / 3

@@ -102,6 +102,9 @@ class RunConfig:
     """"bfloat16" evaluates the networks under autocast; trained weights, averages and optimisers stay float32."""
     compile: bool = False
     """Run the networks' layers through torch.compile: the first step takes a minute, the others less time."""
+    cuda_graph: bool = False
+    """Record a distillation step on a GPU once and replay it: faster where launching kernels takes longer than they
+    do, in small networks and batches. Its memory stays taken."""
     activation_checkpointing: bool = False
     """Recompute the layers' activations in the backward pass: less memory, about a third more time."""
     seed: int = 0
@@ -150,6 +153,7 @@ class PretrainConfig:
     """Of the cross-entropy, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        _check(not self.run.cuda_graph, "run.cuda_graph", "false: pretraining seeds dropout anew each step", True)
         _check_schedule(self.mask_schedule)
         _check(0 <= self.condition_dropout < 1, "condition_dropout", "a number in [0, 1)", self.condition_dropout)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)", self.label_smoothing)

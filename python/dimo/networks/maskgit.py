@@ -112,7 +112,8 @@ class _Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             recompute = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            # The generator's state is kept for dropout alone: a step that is recorded as a graph cannot read it.
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=self.training) if recompute else layer(x)
         return x
 
 
