@@ -34,6 +34,7 @@ from .generator import OneStepGenerator
 from .memory import device_memory, memory_text, training_memory
 from .page import PAGE, write_page
 from .pretrain import held_out_loss
+from .report import COMPARISON
 from .runlog import TrainingError
 from .sample import make_sampler, preview_images, write_comparison, write_samples
 from .state_dicts import objects_ignored
@@ -98,7 +99,7 @@ def distill(config: DistillConfig) -> None:
         print("sampling teacher and student ...")
         print(f"\n{compare(teacher, student, config, evaluator)}\n")
     elif teacher.decodes:
-        write_comparison(teacher, student, config.method, output / "comparison.png")
+        write_comparison(teacher, student, config.method, output / COMPARISON)
     page = write_page(output)
     for path in sorted(p for p in output.iterdir() if not p.name.startswith(".") and p.name != PAGE):
         print(path)
