@@ -26,6 +26,7 @@ from dimo.evaluation import METRICS
 from dimo.generator import OneStepGenerator, sample_keys
 from dimo.sample import make_sampler
 from dimo.teachers import DigitsTeacher, MaskGITTeacher
+from tests.golden import FIXTURES
 
 TINY = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32, "dropout": 0.0}
 NETWORK = ["--network.width", "16", "--network.depth", "1", "--network.mlp-width", "32"]
@@ -239,6 +240,85 @@ def test_bad_paths(tmp_path, teacher, capsys):
     ]:
         assert run(*arguments) == 2, arguments
         assert_one_line_error(capsys, message)
+
+
+def published(folder: Path) -> dict[str, Path]:
+    """Files that a user may point at: good, truncated, foreign, with objects."""
+    good, vqgan = FIXTURES / "maskgit" / "MaskGIT_tiny.pth", FIXTURES / "vqgan" / "last.ckpt"
+    files = {"good": good, "vqgan": vqgan, "halton": FIXTURES / "halton" / "ImageNet_tiny.pth"}
+    files |= {name: folder / f"{name}.pth" for name in ("truncated", "page", "objects", "missing")}
+    files["truncated"].write_bytes(good.read_bytes()[:-1000])
+    files["page"].write_text("<html>not found</html>")
+    torch.save(torch.load(good, weights_only=True) | {"callback": Path("x")}, files["objects"])
+    return files
+
+
+@pytest.mark.parametrize("command", ["distill", "doctor", "convert"])
+@pytest.mark.parametrize(
+    ("kind", "path", "tokenizer", "message"),
+    [
+        ("halton", "good", None, "of another layout: expected pos_emb.weight"),
+        ("maskgit", "halton", "vqgan", "of another layout: expected pos_emb"),
+        ("maskgit", "truncated", "vqgan", "truncated or not a file of torch.save"),
+        ("maskgit", "page", "vqgan", "truncated or not a file of torch.save"),
+        ("maskgit", "good", "missing", "tokenizer: expected a file of weights or a folder with last.ckpt, got"),
+        ("maskgit", "good", "good", "expected a state dict ('state_dict' or 'model' or bare tensors)"),
+        ("maskgit", "missing", "vqgan", "no such file or folder; `dimo convert` writes one"),
+        ("maskgit", "objects", "vqgan", "refused, it holds more than tensors (pathlib."),
+        ("amused", "good", None, "teacher kind: expected one of digits, maskgit, halton"),
+    ],
+)
+def test_published_files_that_cannot_be_used(command, kind, path, tokenizer, message, tmp_path, capsys):
+    """One line and status 2 before anything is trained or written."""
+    files = published(tmp_path)
+    arguments = ["--teacher.kind", kind, "--teacher.path", files[path], "--teacher.heads", "4"]
+    arguments += ["--teacher.tokenizer", files[tokenizer]] if tokenizer else []
+    output = ["--output", tmp_path / "out"] if command == "convert" else ["--run.output", tmp_path / "out"]
+    if command == "doctor":
+        output = ["--config", write(tmp_path / "c.yaml", {"run": {"output": str(tmp_path / "out")}})]
+    if path == "objects" and command == "convert":  # pathlib's paths are made of str by a class: left out unread
+        assert run(command, *arguments, *output) == 0
+        return
+    assert run(command, *arguments, *output) == 2
+    assert_one_line_error(capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_needs_a_path_and_a_place(tmp_path, capsys):
+    file = write(tmp_path / "file", "")
+    good = [
+        "--teacher.kind",
+        "maskgit",
+        "--teacher.heads",
+        "4",
+        "--teacher.path",
+        FIXTURES / "maskgit/MaskGIT_tiny.pth",
+    ]
+    good += ["--teacher.tokenizer", FIXTURES / "vqgan"]
+    for arguments, message in [
+        (["--teacher.kind", "maskgit", "--output", tmp_path / "a"], "teacher.path: expected a published checkpoint"),
+        ([*good, "--output", file / "a"], "output: expected a folder that can be written"),
+        ([*good, "--output", file], "to be a folder or absent, found a file"),
+        (
+            [*good, "--output", tmp_path / "a", "--teacher.heads", "5"],
+            "width: expected a multiple of heads (5), got 32",
+        ),
+    ]:
+        assert run("convert", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_doctor_estimates_memory(tmp_path, capsys):
+    config = write(tmp_path / "c.yaml", {"run": {"output": "unused", "device": "cpu"}})
+    sizes = []
+    for batch in ("16", "2048"):
+        assert run("doctor", "--config", config, "--run.batch-size", batch) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].startswith("in all ")
+        assert "cpu has" in lines[-1]
+        sizes.append(float(next(line for line in lines if line.startswith("activations")).split()[1]))
+    assert sizes[1] > sizes[0]
 
 
 def test_errors_of_a_real_process(tmp_path):

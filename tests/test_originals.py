@@ -71,6 +71,27 @@ def test_safetensors_in_the_place_of_a_pickle(maskgit, tmp_path):
     assert torch.equal(model.network.bias, maskgit.network.bias)
 
 
+def size(width: int, depth: int, heads: int, mlp_width: int) -> dict[str, int]:
+    return {"grid_size": 24, "width": width, "depth": depth, "heads": heads, "mlp_width": mlp_width}
+
+
+LEVELS = {"channels": (128, 128, 256, 256, 512), "attention": (False, False, False, False, True), "z_channels": 256}
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes", "millions"),
+    [
+        (dimo.TEACHERS["maskgit"], {}, 174.161),  # these two as MaskGIT-pytorch's README counts them
+        (VQGANTokenizer, LEVELS | {"codebook_size": 1024, "embed_dim": 256, "blocks": 3, "encoder_blocks": 2}, 72.142),
+        (dimo.TEACHERS["halton"], size(1024, 24, 16, 2816), 480),  # "480M" in Halton-MaskGIT's
+    ],
+)
+def test_published_sizes_have_the_published_number_of_parameters(cls, sizes, millions):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in cls.build(sizes).parameters()) / 1e6
+    assert round(count, 3 if millions % 1 else 0) == millions
+
+
 # --- the tokeniser as a part of a teacher ---------------------------------------------------------------------------
 
 

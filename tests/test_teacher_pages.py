@@ -1,5 +1,6 @@
 """docs/teachers: every command as written, on tiny checkpoints in the released layouts and under the released names."""
 
+import base64
 import json
 import re
 import shlex
@@ -98,6 +99,14 @@ def test_pictures_have_the_promised_rows_and_columns(workplace):
         with Image.open(path) as picture:
             assert picture.size[1] == rows * 50 - 2
             assert picture.size[0] > columns * 50 - 2  # the labels stand before them
+
+
+def test_the_report_shows_the_pictures(workplace):
+    _, folder = workplace
+    (run,) = (folder / "runs").iterdir()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    picture = base64.b64encode((run / "comparison.png").read_bytes()).decode()
+    assert f'<img src="data:image/png;base64,{picture}" alt="Samples of the teacher and of the student' in page
 
 
 def test_the_released_generator_is_called_as_the_page_says(workplace, monkeypatch):

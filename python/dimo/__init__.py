@@ -3,7 +3,7 @@
 from .checkpoint import load_teacher
 from .generator import OneStepGenerator, labels_per_class, sample_keys
 from .published_samplers import sample_amused, sample_mdlm
-from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_one_step
+from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_halton, sample_one_step
 from .teachers import TEACHERS, Teacher
 from .texts import sequence_entropy
 
@@ -17,6 +17,7 @@ __all__ = [
     "sample_ancestral",
     "sample_confident",
     "sample_few_steps",
+    "sample_halton",
     "sample_keys",
     "sample_mdlm",
     "sample_one_step",

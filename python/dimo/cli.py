@@ -91,6 +91,8 @@ def distill(config: DistillConfig) -> None:
         preview = preview_digits(config, evaluator)
     else:
         preview = preview_images(config.method) if teacher.decodes else None
+        if preview is None:
+            print("the teacher has no tokeniser: neither pictures nor texts of this run", file=sys.stderr)
     run_training(trainer, config, preview)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     student = OneStepGenerator(trainer.result, config.method, recipe=to_dict(config), provenance=trainer.origin)

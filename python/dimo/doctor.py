@@ -13,7 +13,7 @@ import dimo_ext
 from .config import ConfigError
 
 SUMMARY = "Show what was built, what serves which device and why not, versions; with --config the memory a run needs."
-_PACKAGES = ("torch", "numpy", "safetensors", "tyro", "scikit-learn", "matplotlib", "tensorboard")
+_PACKAGES = ("torch", "numpy", "safetensors", "tyro", "scikit-learn", "matplotlib", "tensorboard", "huggingface_hub")
 
 
 def diagnose() -> dict[str, Any]:

@@ -42,6 +42,8 @@ CURVES: dict[str, str] = {
 
 _LEADING_COLUMNS = {"network_evaluations": "network evaluations", "images_per_second": "images/s"}
 _BACKGROUND, _INK, _MUTED, _ACCENT = "#0d1117", "#f4f5f7", "#9198a1", "#3b6fd4"
+COMPARISON = "comparison.png"
+"""The picture of teacher and student in a run's folder."""
 MASK = VOCAB_SIZE  # the id of [MASK]
 _MASK_COLOR = (86, 110, 190)
 _GAP = 2  # pixels between the images of a grid

@@ -22,6 +22,7 @@ from .generator import FORMAT as STUDENT_FORMAT
 from .generator import OneStepGenerator
 from .pictures import grid, save_png, to_pil
 from .published_samplers import sample_amused, sample_mdlm
+from .report import COMPARISON
 from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_halton, sample_one_step
 from .teachers import Teacher
 from .texts import TextSample, sequence_entropy, summary, write_lines
@@ -137,7 +138,7 @@ def write_comparison(teacher: Teacher, student: OneStepGenerator, method: Method
         write_lines(folder / "comparison.jsonl", [(label, text) for label, part in texts.items() for text in part])
         print("\n".join(summary(label, part) for label, part in texts.items()))
     else:
-        save_png(grid([to_pil(teacher.decode(t)) for t in drawn.values()], list(drawn)), folder / "comparison.png")
+        save_png(grid([to_pil(teacher.decode(t)) for t in drawn.values()], list(drawn)), folder / COMPARISON)
 
 
 def _variants(config: SampleConfig) -> dict[str, SampleConfig]:

@@ -54,7 +54,7 @@ def locate(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> 
             return Path(hub.hf_hub_download(repository, file))
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # whatever the HTTP library below it raises
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             f"{name}: no such file or folder here, and not to be had as a Hugging Face id (without network, give a "
             f"local path): {reason}"
