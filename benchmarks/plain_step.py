@@ -86,30 +86,39 @@ class PlainTrainer:
         self.student, self.auxiliary, self.ema = (plain_network(teacher) for _ in range(3))
         for network in (self.student, self.auxiliary):
             network.requires_grad_(True)
-        self.optimizers = [
-            torch.optim.AdamW(network.parameters(), lr=o.learning_rate, betas=o.betas, weight_decay=o.weight_decay)
-            for network, o in ((self.student, config.student), (self.auxiliary, config.auxiliary))
-        ]
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                getattr(self, name).parameters(), lr=o.learning_rate, betas=o.betas, weight_decay=o.weight_decay
+            )
+            for name, o in (("student", config.student), ("auxiliary", config.auxiliary))
+        }
         self.matching_loss: Callable[..., tuple[Tensor, Tensor]] = matching_loss
         self.fit_loss: Callable[..., Tensor] = fit_loss
         if compiled:
             for network in (self.teacher, self.student, self.auxiliary):
-                network.compile()
+                for layer in network.transformer.layers:
+                    layer.compile(dynamic=False)
             self.matching_loss, self.fit_loss = torch.compile(matching_loss), torch.compile(fit_loss)
 
     def logits(self, network: nn.Module, tokens: Tensor, labels: Tensor, **options) -> tuple[Tensor, list[Tensor]]:
         """Logits of the real ids, sliced from the whole head, and the attention weights."""
-        out = network(tokens, labels, columns=network.tok_emb.num_embeddings, **options)[..., : self.model.vocab_size]
-        return out, [attention.fn.mha.weights for attention, _ in network.transformer.layers]
+        half = self.config.run.precision == "bfloat16"
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
+            out = network(tokens, labels, columns=network.tok_emb.num_embeddings, **options)
+        return out[..., : self.model.vocab_size], [
+            attention.fn.mha.weights for attention, _ in network.transformer.layers
+        ]
 
     def draw(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Student logits at x_init, and the tokens drawn from them."""
         shape = (len(labels), self.model.seq_len)
         tokens = torch.randint(self.model.vocab_size, shape, device=labels.device)
         tokens, _ = self.mask(tokens, torch.full((len(labels),), self.method.r_init, device=labels.device))
-        logits, _ = self.logits(self.student, tokens, labels, perturb=self.perturb)
-        probabilities = (logits.float() / self.method.student_temperature).softmax(-1)
-        drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(shape)
+        with phase("student forward"):
+            logits, _ = self.logits(self.student, tokens, labels, perturb=self.perturb)
+        with phase("draws"):
+            probabilities = (logits.float() / self.method.student_temperature).softmax(-1)
+            drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(shape)
         return logits, drawn
 
     def perturb(self, embeddings: Tensor) -> Tensor:
@@ -134,13 +143,12 @@ class PlainTrainer:
     def step(self, _: int) -> dict[str, float]:
         """One student and one auxiliary update."""
         labels = self.labels()
-        with phase("student forward"):
-            student_logits, tokens = self.draw(labels)
-        with phase("masking and teacher"):
+        student_logits, tokens = self.draw(labels)
+        with phase("masking"):
             masked, mask = self.mask(tokens, self.ratio(len(labels)))
-            with torch.no_grad():
-                cond, _ = self.logits(self.teacher, masked, labels)
-                uncond, _ = self.logits(self.teacher, masked, torch.full_like(labels, self.model.num_classes))
+        with phase("teacher"), torch.no_grad():
+            cond, _ = self.logits(self.teacher, masked, labels)
+            uncond, _ = self.logits(self.teacher, masked, torch.full_like(labels, self.model.num_classes))
         with phase("auxiliary forward"):
             estimate, _ = self.logits(self.auxiliary, masked, labels)
         with phase("loss"):
@@ -148,11 +156,10 @@ class PlainTrainer:
             loss, divergence = self.matching_loss(
                 student_logits, cond, uncond, estimate.detach(), mask, self.method.guidance_scale, beta
             )
-        with phase("student backward and optimiser"):
-            norm = self.update(self.student, self.optimizers[0], loss)
-        self.average()
-        with phase("auxiliary updates"):
-            fit = self.update_auxiliary()
+        norm = self.update("student", loss)
+        with phase("average"):
+            self.average()
+        fit = self.update_auxiliary()
         return {"loss": loss.item(), "divergence": divergence.item(), "norm": norm.item(), "fit": fit.item()}
 
     def update_auxiliary(self) -> Tensor:
@@ -160,18 +167,24 @@ class PlainTrainer:
         labels = self.labels()
         with torch.no_grad():
             _, tokens = self.draw(labels)
-        masked, mask = self.mask(tokens, self.ratio(len(labels)))
-        logits, _ = self.logits(self.auxiliary, masked, labels)
-        loss = self.fit_loss(logits, tokens, mask, self.method.label_smoothing)
-        self.update(self.auxiliary, self.optimizers[1], loss)
+        with phase("masking"):
+            masked, mask = self.mask(tokens, self.ratio(len(labels)))
+        with phase("auxiliary forward"):
+            logits, _ = self.logits(self.auxiliary, masked, labels)
+        with phase("loss"):
+            loss = self.fit_loss(logits, tokens, mask, self.method.label_smoothing)
+        self.update("auxiliary", loss)
         return loss
 
-    def update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-        """Backward, clipping, step."""
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+    def update(self, name: str, loss: Tensor) -> Tensor:
+        """Backward, clipping, step of the network of that name."""
+        optimizer, network = self.optimizers[name], getattr(self, name)
+        with phase(f"{name} backward"):
+            optimizer.zero_grad()
+            loss.backward()
+        with phase(f"{name} optimiser"):
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
         return norm
 
     @torch.no_grad()

@@ -11,14 +11,18 @@ step cost at the speed of a large one. Beside the CSV, a bar chart of the same n
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
+import gc
+import math
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +30,11 @@ import torch.nn.functional as F
 from common import environment
 from plain_step import PlainTrainer
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import dimo_ext
 from dimo.config import DistillConfig, MethodConfig, OptimizerConfig, RunConfig
+from dimo.graph import WARM_UP_CALLS
 from dimo.networks.maskgit import MaskGITConfig, MaskTransformer
 from dimo.phases import PhaseClock
 from dimo.teachers import MaskGITTeacher
@@ -139,83 +144,54 @@ Step = Callable[[int], object]
 BASELINE = "plain eager"
 
 
-def config_of(preset: Preset, *, reuse: bool) -> DistillConfig:
-    """The trainer's configuration; both networks clip as the baseline does."""
-    method = dataclasses.replace(preset.method, fresh_auxiliary_batch=not reuse)
-    optimizer = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
-    return DistillConfig(
-        run=RunConfig(output="unused", batch_size=preset.batch_size, ema_decay=0.9999),
-        method=method, student=optimizer, auxiliary=optimizer,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Setting:
+    """What all candidates share."""
+
+    preset: Preset
+    teacher: MaskGITTeacher
+    precision: str
+
+    def config(self, *, reuse: bool = False, **run: bool) -> DistillConfig:
+        """The trainer's configuration; both networks clip as the baseline does."""
+        method = dataclasses.replace(self.preset.method, fresh_auxiliary_batch=not reuse)
+        optimizer = OptimizerConfig(learning_rate=1e-5, clip_norm=1.0)
+        shared = {"batch_size": self.preset.batch_size, "ema_decay": 0.9999, "precision": self.precision}
+        return DistillConfig(
+            RunConfig("unused", **shared, **run), method=method, student=optimizer, auxiliary=optimizer
+        )
+
+    def plain(self, *, compiled: bool) -> Step:
+        """The baseline."""
+        return PlainTrainer(self.teacher, self.config(), compiled=compiled).step
+
+    def ours(self, **options: bool) -> Step:
+        """The library's own trainer."""
+        return DistillationTrainer(copy.deepcopy(self.teacher), self.config(**options)).step
 
 
-def under(precision: AbstractContextManager, step: Step) -> Step:
-    """The step in this precision, which is left after each one: casts of weights are kept no longer than that."""
-
-    def run(index: int) -> object:
-        with precision:
-            return step(index)
-
-    return run
-
-
-def our_step(teacher: MaskGITTeacher, preset: Preset, *, reuse: bool, compiled: bool) -> Step:
-    """The library's own trainer."""
-    trainer = DistillationTrainer(teacher, config_of(preset, reuse=reuse))
-    if compiled:
-        for model in (trainer.teacher, trainer.student, trainer.auxiliary):
-            model.network.compile()
-    return trainer.step
-
-
-def graph_step(teacher: MaskGITTeacher, preset: Preset, precision: AbstractContextManager, *, reuse: bool) -> Step:
-    """Our step captured once; the graph itself advances the key that its draws come from."""
-    trainer = DistillationTrainer(teacher, config_of(preset, reuse=reuse))
-    for updater in trainer.updaters.values():
-        for group in updater.optimizer.param_groups:
-            group["capturable"] = True
-
-    def step() -> None:
-        trainer.key.copy_(dimo_ext.fold_in(trainer.key, 1))
-        with precision:
-            trainer.step(0)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return lambda _: graph.replay()
-
-
-def candidates(
-    preset: Preset, device: torch.device, precision: AbstractContextManager, *, with_compile: bool
-) -> dict[str, Callable[[], Step]]:
+def candidates(setting: Setting, *, with_compile: bool) -> dict[str, Callable[[], Step]]:
     """By name, what makes a step; each has networks of its own, all with the same weights."""
-    torch.manual_seed(0)
-    teacher = MaskGITTeacher(preset.network(preset.sizes)).to(device)
-
-    def plain(compiled: bool) -> Callable[[], Step]:
-        return lambda: under(precision, PlainTrainer(teacher, config_of(preset, reuse=False), compiled=compiled).step)
-
-    def ours(reuse: bool, compiled: bool) -> Callable[[], Step]:
-        return lambda: under(precision, our_step(teacher, preset, reuse=reuse, compiled=compiled))
-
-    makers = {BASELINE: plain(False)} | ({"plain compiled": plain(True)} if with_compile else {})
+    modes = {"eager": {}, "compiled": {"compile": True}, "CUDA graph": {"cuda_graph": True}}
+    modes["compiled CUDA graph"] = modes["compiled"] | modes["CUDA graph"]
+    on_gpu = setting.teacher.device.type == "cuda"
+    modes = {
+        name: options for name, options in modes.items()
+        if (with_compile or "compile" not in options) and (on_gpu or "cuda_graph" not in options)
+    }  # fmt: skip
+    makers = {
+        f"plain {name}": partial(setting.plain, compiled=bool(modes[name])) for name in modes if "CUDA" not in name
+    }
     for reuse, suffix in ((False, ""), (True, ", batch re-used")):
-        makers[f"ours eager{suffix}"] = ours(reuse, False)
-        if with_compile:
-            makers[f"ours compiled{suffix}"] = ours(reuse, True)
-        if device.type == "cuda":
-            makers[f"ours CUDA graph{suffix}"] = lambda reuse=reuse: graph_step(teacher, preset, precision, reuse=reuse)
+        makers |= {f"ours {name}{suffix}": partial(setting.ours, reuse=reuse, **modes[name]) for name in modes}
     return makers
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
+
+
+MOST_TURNS = 50
+STEPS_A_TURN = 4
 
 
 def reset_peak(device: torch.device) -> int:
@@ -255,28 +231,57 @@ class MemoryClock(PhaseClock):
 
 @dataclass
 class Samples:
-    """What was measured of a candidate: whole steps in ms, phases in ms, peaks in bytes."""
+    """What was measured of a candidate: whole steps in ms, phases in ms, peaks in bytes.
+
+    The peak of the whole step includes weights and optimisers; a phase's is what lies beyond those at its time.
+    """
 
     totals: list[float]
     phases: dict[str, list[float]]
     peaks: dict[str, int]
 
 
-def measure(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, Samples]:
-    """Take turns for about ``seconds``: a step as it is for its time, every third one by phase."""
-    samples = {name: Samples([], {}, {}) for name in steps}
-    deadline, index = time.perf_counter() + seconds, 3
-    while index < 6 or time.perf_counter() < deadline:
-        for name, step in steps.items():
-            if index % 3:
-                clock = PhaseClock(device)
-                start = clock.now()
-                step(index)
-                samples[name].totals.append(1e3 * (clock.now() - start))
-            else:
-                by_phase(step, index, device, samples[name])
-        index += 1
+def measure(makers: dict[str, Callable[[], Step]], device: torch.device, seconds: float) -> dict[str, Samples]:
+    """Take turns for about ``seconds``, at least two; a candidate lives for its turn alone, so that memory suffices.
+
+    One that needs more memory than there is has no samples.
+    """
+    samples = {name: Samples([], {}, {}) for name in makers}
+    begin = time.perf_counter()
+    for turn in range(MOST_TURNS):
+        for name, make in makers.items():
+            print(f"{time.perf_counter() - begin:6.0f} s: turn {turn + 1}, {name}", file=sys.stderr, flush=True)
+            try:
+                take_turn(make, device, samples[name])
+            except torch.OutOfMemoryError:
+                print("          out of memory", file=sys.stderr, flush=True)
+            free(device)
+        if turn and time.perf_counter() - begin > seconds:
+            break
     return samples
+
+
+def take_turn(make: Callable[[], Step], device: torch.device, into: Samples) -> None:
+    """Warm up, time whole steps, then one phase by phase."""
+    begin, step = reset_peak(device), make()
+    for index in range(WARM_UP_CALLS + 1):  # the one beyond records the graph
+        step(index)
+    if device.type == "cpu":
+        reset_peak(device)  # compiling takes memory of the process, too
+    clock = PhaseClock(device)
+    for index in range(4, 4 + STEPS_A_TURN):
+        start = clock.now()
+        step(index)
+        into.totals.append(1e3 * (clock.now() - start))
+    into.peaks["whole step"] = max(into.peaks.get("whole step", 0), peak(device) - begin)
+    by_phase(step, 4 + STEPS_A_TURN, device, into)
+
+
+def free(device: torch.device) -> None:
+    """Give back what a candidate held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def by_phase(step: Step, index: int, device: torch.device, into: Samples) -> None:
@@ -290,17 +295,15 @@ def by_phase(step: Step, index: int, device: torch.device, into: Samples) -> Non
         into.peaks[name] = max(into.peaks.get(name, 0), size)
 
 
-def flops_per_ms(device: torch.device, precision: AbstractContextManager) -> float:
+def flops_per_ms(device: torch.device, precision: str) -> float:
     """The speed of a large matrix multiplication."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device)
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
     clock, times = PhaseClock(device), []
-    with precision:
-        a = a @ torch.eye(size, device=device)  # in the precision of the products
-        for _ in range(20):
-            start = clock.now()
-            a @ a
-            times.append(clock.now() - start)
+    for _ in range(20):
+        start = clock.now()
+        a @ a
+        times.append(clock.now() - start)
     return 2e-3 * size**3 / min(times)
 
 
@@ -311,18 +314,33 @@ def flops_of(step: Step) -> int:
     return counter.get_total_flops()
 
 
+def trace(makers: dict[str, Callable[[], Step]], folder: Path, device: torch.device) -> None:
+    """Write one step of each candidate as a trace for chrome://tracing or Perfetto."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, make in makers.items():
+        step = make()
+        for index in range(WARM_UP_CALLS + 1):
+            step(index)
+        with profile(record_shapes=True) as prof:
+            step(WARM_UP_CALLS + 1)
+            PhaseClock(device).now()
+        prof.export_chrome_trace(str(folder / f"{name.replace(', ', '_').replace(' ', '_')}.json.gz"))
+        del step
+        free(device)
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 
 def table(samples: dict[str, Samples], floors: dict[str, float]) -> list[dict[str, object]]:
     """A row a candidate and phase, the whole step first."""
-    base = statistics.median(samples[BASELINE].totals)
+    base = statistics.median(samples[BASELINE].totals or [math.nan])
     rows = []
     for name, measured in samples.items():
-        total = statistics.median(measured.totals)
+        total = statistics.median(measured.totals or [math.nan])
         kind = "recipe" if "re-used" in name else "same algorithm"
         whole = {"candidate": name, "phase": "whole step", "ms": round(total, 3)}
-        whole["peak_mib"] = round(max(measured.peaks.values(), default=0) / 2**20, 1)
+        whole["peak_mib"] = round(measured.peaks.get("whole step", math.nan) / 2**20, 1)
         whole |= {"ratio": f"{base / total:.2f}", "ratio_of": kind, "floor_ms": round(floors[kind], 3)}
         rows.append(whole)
         for phase, values in measured.phases.items():
@@ -391,33 +409,34 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
     for name in ("batch-size", "layers", "width"):
         parser.add_argument(f"--{name}", type=int, help="another one than the preset's, on a CPU a small one")
-    parser.add_argument("--seconds", type=float, default=30.0, help="time spent on measuring, at least 3 rounds")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time spent on measuring, at least 2 turns each")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast on a GPU")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
+    parser.add_argument("--trace", type=Path, help="write a torch.profiler trace a candidate into this folder instead")
     parser.add_argument("--out", type=Path, help="CSV file to write, with a chart beside it")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Build the candidates, take turns, print and write."""
+    """Take turns, print and write."""
     args = arguments()
-    torch._dynamo.config.recompile_limit = 64  # several networks of one class, with gradients and without
+    torch._dynamo.config.recompile_limit = 64  # layers of two classes, with gradients and without, in two precisions
     preset, device = scaled(PRESETS[args.preset], args), args.device
-    half = device.type == "cuda" and not args.float32
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    makers = candidates(preset, device, precision, with_compile=args.compile)
-    steps = {name: make() for name, make in makers.items()}
-    for step in steps.values():
-        for index in range(2):
-            step(index)
-    samples = measure(steps, device, args.seconds)
-    speed = flops_per_ms(device, precision)
+    torch.manual_seed(0)
+    teacher = MaskGITTeacher(preset.network(preset.sizes)).to(device).eval()
+    setting = Setting(preset, teacher, "bfloat16" if device.type == "cuda" and not args.float32 else "float32")
+    makers = candidates(setting, with_compile=args.compile)
+    if args.trace:
+        trace(makers, args.trace, device)
+        return
+    samples = measure(makers, device, args.seconds)
+    speed = flops_per_ms(device, setting.precision)
     floors = {
-        "same algorithm": flops_of(steps["ours eager"]) / speed,
-        "recipe": flops_of(steps["ours eager, batch re-used"]) / speed,
+        "same algorithm": flops_of(setting.ours()) / speed,
+        "recipe": flops_of(setting.ours(reuse=True)) / speed,
     }
     sizes = {"batch_size": preset.batch_size, "layers": preset.sizes.depth, "width": preset.sizes.width}
-    facts = {"preset": args.preset, **sizes, "dtype": "bfloat16 autocast" if half else "float32"}
+    facts = {"preset": args.preset, **sizes, "precision": setting.precision}
     show(table(samples, floors), facts | environment(device), args.out)
 
 

@@ -124,6 +124,29 @@ std::string cuda_device_problem(int) { return kNoCuda; }
 
 #endif
 
+// Defines cpu_<name> and cuda_<name>: the arguments that `make` takes, then the number of threads, or device and
+// stream.
+template <class Args, class... Parameters, class OnCuda>
+void define_launchers(py::module_& m, const std::string& name, Args (*make)(Parameters...),
+                      void (*on_cpu)(const Args&, int), [[maybe_unused]] OnCuda on_cuda) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(("cpu_" + name).c_str(),
+        [=](Parameters... arguments, int num_threads) { on_cpu(make(arguments...), num_threads); }, no_gil);
+#if defined(DIMO_WITH_CUDA)
+  m.def(("cuda_" + name).c_str(),
+        [=](Parameters... arguments, int device_index, Address stream) {
+          on_device<Args>(device_index, stream, name.c_str(), on_cuda, make(arguments...));
+        },
+        no_gil);
+#endif
+}
+
+#if defined(DIMO_WITH_CUDA)
+#define DIMO_LAUNCHERS(op) &cpu::op, &cuda::op
+#else
+#define DIMO_LAUNCHERS(op) &cpu::op, nullptr
+#endif
+
 void define_build_info(py::module_& m) {
   m.attr("compiler") = DIMO_COMPILER;
   m.attr("build_type") = DIMO_BUILD_TYPE;
@@ -160,58 +183,6 @@ void define_isa(py::module_& m) {
         throw std::invalid_argument("this machine has no CPU instruction set " + name);
       },
       py::arg("name"), "Use another instruction set in this process; for tests and benchmarks.");
-}
-
-void define_fold_in(py::module_& m) {
-  using py::arg;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "cpu_fold_in",
-      [](Address key, int64_t key_stride, int64_t n, Address numbers, Address out, int64_t count, int) {
-        cpu::fold_in(fold_in_args(key, key_stride, n, numbers, out, count));
-      },
-      arg("key"), arg("key_stride"), arg("n"), arg("numbers"), arg("out"), arg("count"), arg("num_threads"), no_gil);
-#if defined(DIMO_WITH_CUDA)
-  m.def(
-      "cuda_fold_in",
-      [](Address key, int64_t key_stride, int64_t n, Address numbers, Address out, int64_t count, int device_index,
-         Address stream) {
-        on_device(device_index, stream, "fold_in", &cuda::fold_in,
-                  fold_in_args(key, key_stride, n, numbers, out, count));
-      },
-      arg("key"), arg("key_stride"), arg("n"), arg("numbers"), arg("out"), arg("count"), arg("device_index"),
-      arg("stream"), no_gil);
-#endif
-}
-
-void define_mask_tokens(py::module_& m) {
-  using py::arg;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "cpu_mask_tokens",
-      [](Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length, double ratio,
-         Address ratios, Address key, int64_t key_stride, int64_t mask_id, bool bernoulli, int64_t min_masked,
-         int num_threads) {
-        cpu::mask_tokens(mask_tokens_args(tokens, out_tokens, out_mask, batch, length, ratio, ratios, key, key_stride,
-                                          mask_id, bernoulli, min_masked),
-                         num_threads);
-      },
-      arg("tokens"), arg("out_tokens"), arg("out_mask"), arg("batch"), arg("length"), arg("ratio"), arg("ratios"),
-      arg("key"), arg("key_stride"), arg("mask_id"), arg("bernoulli"), arg("min_masked"), arg("num_threads"), no_gil);
-#if defined(DIMO_WITH_CUDA)
-  m.def(
-      "cuda_mask_tokens",
-      [](Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length, double ratio,
-         Address ratios, Address key, int64_t key_stride, int64_t mask_id, bool bernoulli, int64_t min_masked,
-         int device_index, Address stream) {
-        on_device(device_index, stream, "mask_tokens", &cuda::mask_tokens,
-                  mask_tokens_args(tokens, out_tokens, out_mask, batch, length, ratio, ratios, key, key_stride, mask_id,
-                                   bernoulli, min_masked));
-      },
-      arg("tokens"), arg("out_tokens"), arg("out_mask"), arg("batch"), arg("length"), arg("ratio"), arg("ratios"),
-      arg("key"), arg("key_stride"), arg("mask_id"), arg("bernoulli"), arg("min_masked"), arg("device_index"),
-      arg("stream"), no_gil);
-#endif
 }
 
 // A tensor of logits: address, storage type, strides in elements (the vocabulary's last).
@@ -388,6 +359,8 @@ void define_masked_cross_entropy(py::module_& m) {
 #endif
 }
 
+// What launchers of draws take: logits conditional and unconditional; guidance: scale, scales, rows a sample; key:
+// address, stride; filters: top_k, top_p, min_p.
 SampleCategoricalArgs sample_categorical_args(const std::vector<int64_t>& sizes,
                                               const std::array<std::optional<LogitsArgument>, 2>& logits,
                                               const std::tuple<double, Address, int64_t>& guidance,
@@ -409,38 +382,41 @@ SampleCategoricalArgs sample_categorical_args(const std::vector<int64_t>& sizes,
           std::get<1>(filters),
           std::get<2>(filters),
           pointer<int64_t>(tokens),
-          pointer<float>(log_prob)};
+          pointer<float>(log_prob),
+          {}};
 }
 
-void define_sample_categorical(py::module_& m) {
-  using py::arg;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "cpu_sample_categorical",
-      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits,
-         const std::tuple<double, Address, int64_t>& guidance, const std::tuple<Address, int64_t>& key,
-         double temperature, const std::tuple<int64_t, double, double>& filters, Address tokens, Address log_prob,
-         int num_threads) {
-        cpu::sample_categorical(
-            sample_categorical_args(sizes, logits, guidance, key, temperature, filters, tokens, log_prob), num_threads);
-      },
-      arg("sizes"), arg("logits"), arg("guidance"), arg("key"), arg("temperature"), arg("filters"), arg("tokens"),
-      arg("log_prob"), arg("num_threads"), no_gil,
-      "logits: conditional, unconditional; guidance: scale, scales, rows a sample; key: address, stride; filters: "
-      "top_k, top_p, min_p.");
-#if defined(DIMO_WITH_CUDA)
-  m.def(
-      "cuda_sample_categorical",
-      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& logits,
-         const std::tuple<double, Address, int64_t>& guidance, const std::tuple<Address, int64_t>& key,
-         double temperature, const std::tuple<int64_t, double, double>& filters, Address tokens, Address log_prob,
-         int device_index, Address stream) {
-        on_device(device_index, stream, "sample_categorical", &cuda::sample_categorical,
-                  sample_categorical_args(sizes, logits, guidance, key, temperature, filters, tokens, log_prob));
-      },
-      arg("sizes"), arg("logits"), arg("guidance"), arg("key"), arg("temperature"), arg("filters"), arg("tokens"),
-      arg("log_prob"), arg("device_index"), arg("stream"), no_gil);
-#endif
+// A draw of some rows. chance: of every position, of each sample.
+SampleCategoricalArgs reveal_ancestral_args(const std::vector<int64_t>& sizes,
+                                            const std::array<std::optional<LogitsArgument>, 2>& logits,
+                                            const std::tuple<double, Address, int64_t>& guidance,
+                                            const std::tuple<Address, int64_t>& key, double temperature,
+                                            const std::tuple<int64_t, double, double>& filters, Address state,
+                                            int64_t mask_id, const std::tuple<double, Address>& chance,
+                                            Address out_tokens) {
+  check_length("reveal_ancestral", std::get<2>(guidance));
+  SampleCategoricalArgs args =
+      sample_categorical_args(sizes, logits, guidance, key, temperature, filters, out_tokens, 0);
+  args.wanted = {pointer<const int64_t>(state), mask_id, std::get<0>(chance),
+                 pointer<const float>(std::get<1>(chance))};
+  return args;
+}
+
+// count: of every sample, of each; workspace: drawn ids, their log-probabilities.
+RevealConfidentArgs reveal_confident_args(const std::vector<int64_t>& sizes,
+                                          const std::array<std::optional<LogitsArgument>, 2>& logits,
+                                          const std::tuple<double, Address, int64_t>& guidance,
+                                          const std::tuple<Address, int64_t>& key, double temperature,
+                                          const std::tuple<int64_t, double, double>& filters, Address state,
+                                          int64_t mask_id, const std::tuple<int64_t, Address>& count,
+                                          double noise_scale, const std::tuple<Address, Address>& workspace,
+                                          Address out_tokens) {
+  check_length("reveal_confident", std::get<2>(guidance));
+  SampleCategoricalArgs draw = sample_categorical_args(sizes, logits, guidance, key, temperature, filters,
+                                                       std::get<0>(workspace), std::get<1>(workspace));
+  draw.wanted = {pointer<const int64_t>(state), mask_id, 1.0, nullptr};
+  return {draw, pointer<int64_t>(out_tokens), std::get<0>(count), pointer<const int64_t>(std::get<1>(count)),
+          noise_scale};
 }
 
 PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
@@ -460,56 +436,14 @@ PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
           pointer<const float>(scale)};
 }
 
-void define_perturb_embeddings(py::module_& m) {
-  using py::arg;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "cpu_perturb_embeddings",
-      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& embeddings,
-         int64_t rows_per_sample, const std::tuple<Address, int64_t>& key, double sigma, Address scale,
-         int num_threads) {
-        cpu::perturb_embeddings(perturb_embeddings_args(sizes, embeddings, rows_per_sample, key, sigma, scale),
-                                num_threads);
-      },
-      arg("sizes"), arg("embeddings"), arg("rows_per_sample"), arg("key"), arg("sigma"), arg("scale"),
-      arg("num_threads"), no_gil, "embeddings: read, written; key: address, stride.");
-#if defined(DIMO_WITH_CUDA)
-  m.def(
-      "cuda_perturb_embeddings",
-      [](const std::vector<int64_t>& sizes, const std::array<std::optional<LogitsArgument>, 2>& embeddings,
-         int64_t rows_per_sample, const std::tuple<Address, int64_t>& key, double sigma, Address scale,
-         int device_index, Address stream) {
-        on_device(device_index, stream, "perturb_embeddings", &cuda::perturb_embeddings,
-                  perturb_embeddings_args(sizes, embeddings, rows_per_sample, key, sigma, scale));
-      },
-      arg("sizes"), arg("embeddings"), arg("rows_per_sample"), arg("key"), arg("sigma"), arg("scale"),
-      arg("device_index"), arg("stream"), no_gil);
-#endif
-}
-
-void define_init_tokens(py::module_& m) {
-  using py::arg;
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def(
-      "cpu_init_tokens",
-      [](Address out_tokens, int64_t batch, int64_t length, double ratio, Address key, int64_t key_stride,
-         int64_t mask_id, uint32_t vocab_size, int num_threads) {
-        cpu::init_tokens(init_tokens_args(out_tokens, batch, length, ratio, key, key_stride, mask_id, vocab_size),
-                         num_threads);
-      },
-      arg("out_tokens"), arg("batch"), arg("length"), arg("ratio"), arg("key"), arg("key_stride"), arg("mask_id"),
-      arg("vocab_size"), arg("num_threads"), no_gil);
-#if defined(DIMO_WITH_CUDA)
-  m.def(
-      "cuda_init_tokens",
-      [](Address out_tokens, int64_t batch, int64_t length, double ratio, Address key, int64_t key_stride,
-         int64_t mask_id, uint32_t vocab_size, int device_index, Address stream) {
-        on_device(device_index, stream, "init_tokens", &cuda::init_tokens,
-                  init_tokens_args(out_tokens, batch, length, ratio, key, key_stride, mask_id, vocab_size));
-      },
-      arg("out_tokens"), arg("batch"), arg("length"), arg("ratio"), arg("key"), arg("key_stride"), arg("mask_id"),
-      arg("vocab_size"), arg("device_index"), arg("stream"), no_gil);
-#endif
+void define_draws(py::module_& m) {
+  define_launchers(m, "fold_in", &fold_in_args, DIMO_LAUNCHERS(fold_in));
+  define_launchers(m, "mask_tokens", &mask_tokens_args, DIMO_LAUNCHERS(mask_tokens));
+  define_launchers(m, "init_tokens", &init_tokens_args, DIMO_LAUNCHERS(init_tokens));
+  define_launchers(m, "sample_categorical", &sample_categorical_args, DIMO_LAUNCHERS(sample_categorical));
+  define_launchers(m, "reveal_ancestral", &reveal_ancestral_args, DIMO_LAUNCHERS(sample_categorical));
+  define_launchers(m, "reveal_confident", &reveal_confident_args, DIMO_LAUNCHERS(reveal_confident));
+  define_launchers(m, "perturb_embeddings", &perturb_embeddings_args, DIMO_LAUNCHERS(perturb_embeddings));
 }
 
 }  // namespace
@@ -520,14 +454,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_build_info(m);
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
   dimo::define_isa(m);
-  dimo::define_fold_in(m);
   dimo::define_token_divergence(m);
 #if defined(DIMO_WITH_CUDA)
   dimo::define_scale_gradient(m);
 #endif
   dimo::define_masked_cross_entropy(m);
-  dimo::define_sample_categorical(m);
-  dimo::define_perturb_embeddings(m);
-  dimo::define_mask_tokens(m);
-  dimo::define_init_tokens(m);
+  dimo::define_draws(m);
 }

@@ -121,6 +121,15 @@ struct CrossEntropyArgs {
 
 constexpr int64_t kCrossEntropyWorkspace = 257;
 
+// Which rows of a draw are wanted: those of positions that hold mask_id, each by a chance. The logits of others are not
+// read.
+struct WantedRows {
+  const int64_t* state;  // [rows], or null: every row is wanted
+  int64_t mask_id;
+  double chance;         // of every position, unless `chances` is given
+  const float* chances;  // [samples] or null
+};
+
 // Draws one id a row from softmax(logits / temperature): guidance, temperature, top-k, top-p, min-p, then the draw
 // (common/sampling.h). A row without a finite logit, or with NaN or +inf, gives id -1 and log-probability -inf.
 struct SampleCategoricalArgs {
@@ -136,8 +145,19 @@ struct SampleCategoricalArgs {
   int64_t top_k;       // 0 = all
   double top_p;        // 1 = all
   double min_p;        // 0 = all
-  int64_t* tokens;     // [rows]
-  float* log_prob;     // [rows]
+  int64_t* tokens;     // [rows]; what the state holds where a row is not wanted
+  float* log_prob;     // [rows], not written where a row is not wanted; or null
+  WantedRows wanted;
+};
+
+// Draws an id for each masked position and reveals, in each sample, the `count` of them with the largest
+// log-probability + noise_scale * Gumbel noise (ties: lower index first), all where there are fewer.
+struct RevealConfidentArgs {
+  SampleCategoricalArgs draw;  // its state is what the samples hold; tokens and log_prob serve as workspace
+  int64_t* out_tokens;         // [rows]; must not overlap the others
+  int64_t count;               // of every sample, unless `counts` is given
+  const int64_t* counts;       // [samples] or null
+  double noise_scale;
 };
 
 // sigma * scale * standard normal + sqrt(1 - sigma^2) * embeddings, rounded once.
@@ -154,12 +174,13 @@ struct PerturbEmbeddingsArgs {
 
 namespace cpu {
 
-void fold_in(const FoldInArgs& args);
+void fold_in(const FoldInArgs& args, int num_threads);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 void token_divergence(const TokenDivergenceArgs& args, int num_threads);
 void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads);
 void sample_categorical(const SampleCategoricalArgs& args, int num_threads);
+void reveal_confident(const RevealConfidentArgs& args, int num_threads);
 void perturb_embeddings(const PerturbEmbeddingsArgs& args, int num_threads);
 
 }  // namespace cpu
@@ -173,6 +194,7 @@ int token_divergence(const TokenDivergenceArgs& args, void* stream);
 int scale_gradient(const ScaleGradientArgs& args, void* stream);
 int masked_cross_entropy(const CrossEntropyArgs& args, void* stream);
 int sample_categorical(const SampleCategoricalArgs& args, void* stream);
+int reveal_confident(const RevealConfidentArgs& args, void* stream);
 int perturb_embeddings(const PerturbEmbeddingsArgs& args, void* stream);
 
 struct Versions {

@@ -67,6 +67,7 @@ from .divergences import (
 from .embedding import perturb_embeddings
 from .masking import MaskedTokens, init_tokens, mask_tokens
 from .random import fold_in, random_key
+from .reveal import reveal_ancestral, reveal_confident
 from .sampling import CategoricalSample, sample_categorical
 
 __all__ = [
@@ -93,6 +94,8 @@ __all__ = [
     "parse_divergence",
     "perturb_embeddings",
     "random_key",
+    "reveal_ancestral",
+    "reveal_confident",
     "sample_categorical",
     "token_divergence",
     "use_backend",

@@ -29,6 +29,8 @@ OPERATORS = (
     "token_divergence",
     "masked_cross_entropy",
     "sample_categorical",
+    "reveal_ancestral",
+    "reveal_confident",
     "mask_tokens",
     "init_tokens",
     "perturb_embeddings",

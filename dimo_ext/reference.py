@@ -45,12 +45,10 @@ def mask_tokens(
     words = random_words(key, batch, 1, length, Tag.MASK_TOKENS)
     if ratio_per_sample is None:
         ratio_per_sample = torch.full((batch,), ratio, dtype=torch.float32, device=tokens.device)
-    clamped = ratio_per_sample.nan_to_num(0.0).clamp(0.0, 1.0)
     if bernoulli:
-        below = torch.ceil(clamped.double() * 2.0**32 - 0.5).long()
-        count = (words < below[:, None]).sum(1)
+        count = _happens(words, ratio_per_sample).sum(1)
     else:
-        count = torch.round(clamped * length).long()
+        count = torch.round(_clamped(ratio_per_sample) * length).long()
     mask = _smallest(words, count.clamp(min(min_masked, length), length))
     return tokens.contiguous().masked_fill(mask, mask_id), mask
 
@@ -61,6 +59,15 @@ def init_tokens(key: Tensor, batch_size: int, seq_len: int, vocab_size: int, mas
     words = random_words(key, batch_size, 1, seq_len, Tag.INIT_MASK)
     count = torch.full((batch_size,), _round_count(r_init, seq_len), device=key.device)
     return ids.masked_fill(_smallest(words, count), mask_id)
+
+
+def _clamped(ratio: Tensor) -> Tensor:
+    return ratio.nan_to_num(0.0).clamp(0.0, 1.0)
+
+
+def _happens(words: Tensor, probability: Tensor) -> Tensor:
+    """Which words ``[B, L]`` say yes to an event of each sample's probability."""
+    return words < torch.ceil(_clamped(probability.double()) * 2.0**32 - 0.5).long()[:, None]
 
 
 def _round_count(ratio: float, length: int) -> int:
@@ -143,6 +150,40 @@ def _filtered(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 def _keep_from(z: Tensor, threshold: Tensor) -> Tensor:
     return z.masked_fill(z < threshold, -math.inf)
+
+
+# --- parallel decoding ----------------------------------------------------------------------------------------------
+
+
+def reveal_ancestral(
+    logits: Tensor, tokens: Tensor, key: Tensor, probability: float, probability_per_sample: Tensor | None,
+    mask_id: int, *draw,
+) -> Tensor:  # fmt: skip
+    """Draw an id for each masked position with this probability; ``draw`` are what else sample_categorical takes."""
+    drawn, _ = sample_categorical(logits, key, *draw)
+    batch, length = tokens.shape[0], tokens[:1].numel()
+    if probability_per_sample is None:
+        probability_per_sample = torch.full((batch,), probability, dtype=torch.float64, device=tokens.device)
+    chosen = _happens(random_words(key, batch, 1, length, Tag.REVEAL), probability_per_sample).view(tokens.shape)
+    return torch.where(chosen & (tokens == mask_id), drawn, tokens)
+
+
+def reveal_confident(
+    logits: Tensor, tokens: Tensor, key: Tensor, count: int, count_per_sample: Tensor | None, noise_scale: float,
+    mask_id: int, *draw,
+) -> Tensor:  # fmt: skip
+    """Draw an id for each masked position; the ``count`` most confident ones of a sample appear."""
+    drawn, log_prob = sample_categorical(logits, key, *draw)
+    batch, masked = tokens.shape[0], (tokens == mask_id).flatten(1)
+    noise = -torch.log(-torch.log(uniform(random_words(key, batch, 1, masked.shape[1], Tag.REVEAL))))
+    confidence = log_prob.flatten(1) + noise_scale * noise
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, masked.gather(1, order).logical_not().to(torch.uint8).argsort(dim=1, stable=True))
+    if count_per_sample is None:
+        count_per_sample = torch.full((batch,), count, device=tokens.device)
+    chosen = torch.arange(masked.shape[1], device=tokens.device) < count_per_sample[:, None]
+    revealed = masked & torch.zeros_like(masked).scatter_(1, order, chosen)
+    return torch.where(revealed.view(tokens.shape), drawn, tokens)
 
 
 # --- embedding noise ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from ._checks import (
 from .random import resolve_key
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
-_LIB.define(
-    "sample_categorical(Tensor logits, Tensor key, float temperature, int top_k, float top_p, float min_p, "
-    "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample) -> (Tensor, Tensor)"
+# What every operator that draws takes after its own arguments.
+DRAW_SCHEMA = (
+    "float temperature, int top_k, float top_p, float min_p, Tensor? uncond_logits, float guidance_scale, "
+    "Tensor? guidance_per_sample"
 )
+_LIB.define(f"sample_categorical(Tensor logits, Tensor key, {DRAW_SCHEMA}) -> (Tensor, Tensor)")
 
 
 class CategoricalSample(NamedTuple):
@@ -41,24 +44,34 @@ class CategoricalSample(NamedTuple):
 _MAX_VOCAB = 2**22  # of the kernels: as many masses of 40 bits fit 64
 
 
-def _sample_categorical(
-    logits: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float,
+def draw_kernel(
+    name: str, logits: Tensor, key: Tensor, temperature: float, top_k: int, top_p: float, min_p: float,
     uncond: Tensor | None, guidance_scale: float, guidance_per_sample: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernel = native_kernel("sample_categorical", logits.device)
+) -> Callable[..., None] | None:  # fmt: skip
+    """Return the launcher of an operator that draws, which takes the rest of its arguments; None: the reference's."""
+    kernel = native_kernel(name, logits.device)
     doubles = torch.float64 in (logits.dtype, None if uncond is None else uncond.dtype)
     if kernel is None or doubles or logits.dim() > MAX_DIMS or logits.shape[-1] > _MAX_VOCAB:
-        return reference.sample_categorical(
-            logits, key, temperature, top_k, top_p, min_p, uncond, guidance_scale, guidance_per_sample
-        )
-    tokens, log_prob = _fake(logits)
+        return None
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     key = key.contiguous()
-    kernel(
-        logits.shape, [logit_rows(logits), logit_rows(uncond)],
-        (guidance_scale, address(guidance), rows_per_sample(logits)), key_argument(key), temperature,
-        (top_k, top_p, min_p), tokens.data_ptr(), log_prob.data_ptr(), *placement(logits.device),
-    )  # fmt: skip
+
+    def launch(*rest) -> None:
+        kernel(
+            logits.shape, [logit_rows(logits), logit_rows(uncond)],
+            (guidance_scale, address(guidance), rows_per_sample(logits)), key_argument(key), temperature,
+            (top_k, top_p, min_p), *rest, *placement(logits.device),
+        )  # fmt: skip
+
+    return launch
+
+
+def _sample_categorical(logits: Tensor, key: Tensor, *draw) -> tuple[Tensor, Tensor]:
+    kernel = draw_kernel("sample_categorical", logits, key, *draw)
+    if kernel is None:
+        return reference.sample_categorical(logits, key, *draw)
+    tokens, log_prob = _fake(logits)
+    kernel(tokens.data_ptr(), log_prob.data_ptr())
     return tokens, log_prob
 
 
@@ -70,6 +83,21 @@ def _fake(logits, *_):
 for _device in ("CPU", "CUDA"):
     _LIB.impl("sample_categorical", _sample_categorical, _device)
 torch.library.register_fake("dimo_ext::sample_categorical", _fake, lib=_LIB)
+
+
+def check_draw(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uncond_logits: Tensor | None,
+    guidance_scale: float | Tensor,
+) -> tuple:  # fmt: skip
+    """Check what every draw takes and return it as schemas do."""
+    check_logits(logits, "logits")
+    scale, per_sample = check_guidance(logits, uncond_logits, "uncond_logits", guidance_scale)
+    temperature = check_number(temperature, "temperature", low=0.0)
+    check_integer(top_k, "top_k", low=0, high=logits.shape[-1])
+    top_p = check_number(top_p, "top_p", low=0.0, high=1.0, open_low=True)
+    min_p = check_number(min_p, "min_p", low=0.0, high=1.0)
+    uncond = None if uncond_logits is None else uncond_logits.detach()
+    return temperature, top_k, top_p, min_p, uncond, scale, per_sample
 
 
 def sample_categorical(
@@ -112,18 +140,9 @@ def sample_categorical(
         >>> sample_categorical(logits, top_k=2, key=random_key(0))
         CategoricalSample(tokens=tensor([2, 1]), log_prob=tensor([-1.3133, -0.3133]))
     """
-    check_logits(logits, "logits")
+    draw = check_draw(logits, temperature, top_k, top_p, min_p, uncond_logits, guidance_scale)
     check_logit_values(logits, "logits")
     check_values(lambda: (logits > float("-inf")).any(-1), "logits", "a finite logit in every row")
-    scale, per_sample = check_guidance(logits, uncond_logits, "uncond_logits", guidance_scale)
-    temperature = check_number(temperature, "temperature", low=0.0)
-    check_integer(top_k, "top_k", low=0, high=logits.shape[-1])
-    top_p = check_number(top_p, "top_p", low=0.0, high=1.0, open_low=True)
-    min_p = check_number(min_p, "min_p", low=0.0, high=1.0)
     batch = logits.shape[0] if logits.dim() > 1 else 1
     key = resolve_key(key, generator, batch_size=batch, device=logits.device)
-    detached = None if uncond_logits is None else uncond_logits.detach()
-    drawn = torch.ops.dimo_ext.sample_categorical(
-        logits.detach(), key, temperature, top_k, top_p, min_p, detached, scale, per_sample
-    )
-    return CategoricalSample(*drawn)
+    return CategoricalSample(*torch.ops.dimo_ext.sample_categorical(logits.detach(), key, *draw))

@@ -61,7 +61,7 @@ info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
 kernels = (
     *("fold_in", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy"),
-    *("sample_categorical", "perturb_embeddings"),
+    *("sample_categorical", "reveal_ancestral", "reveal_confident", "perturb_embeddings"),
 )
 served = {name: info["operators"][name]["cuda"] for name in kernels}
 sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
@@ -104,6 +104,8 @@ with dimo_ext.use_backend("native"):
             for filters in ({}, {"top_k": min(vocab, 50), "top_p": 0.9}, {"temperature": 0.0}):
                 dimo_ext.sample_categorical(teacher, key=key, **filters)
                 dimo_ext.sample_categorical(teacher, key=key, **guided, **filters)
+                dimo_ext.reveal_ancestral(teacher, mask.long(), 0.5, 1, key=key, **filters)
+            dimo_ext.reveal_confident(teacher, mask.long(), 2, 1, noise_scale=1.0, key=key, **guided)
             dimo_ext.perturb_embeddings(teacher, 0.3, key=key)
 torch.cuda.synchronize()
 PYTHON

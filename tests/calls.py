@@ -83,6 +83,18 @@ FORWARD: dict[str, Callable[[Inputs], tuple[Tensor, ...]]] = {
         x.teacher, uncond_logits=x.uncond, guidance_scale=1.5, top_k=40, top_p=0.9, min_p=0.01, key=x.keys
     ),
     "sample_categorical: greedy": lambda x: dx.sample_categorical(x.teacher, temperature=0.0, key=x.key),
+    "reveal_ancestral": lambda x: (dx.reveal_ancestral(x.teacher, x.mask.long(), x.ratio, 1, key=x.key),),
+    "reveal_ancestral: greedy": lambda x: (
+        dx.reveal_ancestral(x.teacher, x.mask.long(), 0.5, 1, temperature=0.0, key=x.keys),
+    ),
+    "reveal_confident": lambda x: (
+        dx.reveal_confident(x.teacher, x.mask.long(), 4, 1, noise_scale=2.0, top_p=0.9, key=x.key),
+    ),
+    "reveal_confident: guided": lambda x: (
+        dx.reveal_confident(
+            x.teacher, x.mask.long(), x.tokens[:, 0] % 7, 1, uncond_logits=x.uncond, guidance_scale=x.scale, key=x.keys
+        ),
+    ),
     "mask_tokens": lambda x: dx.mask_tokens(x.tokens, 0.55, -1, key=x.key),
     "mask_tokens: bernoulli": lambda x: dx.mask_tokens(x.tokens, x.ratio, -1, mode="bernoulli", key=x.keys),
     "init_tokens": lambda x: (dx.init_tokens(*x.tokens.shape, vocab_size=300, mask_id=300, r_init=0.6, key=x.key),),

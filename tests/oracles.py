@@ -155,7 +155,8 @@ def renormalised(p: Tensor, keep: Tensor) -> Tensor:
 # --- Philox4x32-10 --------------------------------------------------------------------------------------------------
 
 
-MASK_TOKENS, INIT_MASK, INIT_IDS, SAMPLE_CATEGORICAL, PERTURB_EMBEDDINGS, FOLD_IN = 1, 2, 3, 4, 5, 255  # tags
+# tags
+MASK_TOKENS, INIT_MASK, INIT_IDS, SAMPLE_CATEGORICAL, PERTURB_EMBEDDINGS, REVEAL, FOLD_IN = 1, 2, 3, 4, 5, 6, 255
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -27,6 +27,8 @@ CALLS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "token_divergence": lambda x, key: dx.token_divergence(x["teacher"], x["auxiliary"], "jeffreys:-0.2"),
     "masked_cross_entropy": lambda x, key: dx.masked_cross_entropy(x["student"], x["tokens"]),
     "sample_categorical": lambda x, key: dx.sample_categorical(x["teacher"], top_k=4, key=key).tokens,
+    "reveal_ancestral": lambda x, key: dx.reveal_ancestral(x["teacher"], x["tokens"] % 2, 0.5, 1, key=key),
+    "reveal_confident": lambda x, key: dx.reveal_confident(x["teacher"], x["tokens"] % 2, 1, 1, key=key),
     "mask_tokens": lambda x, key: dx.mask_tokens(x["tokens"], 0.5, 7, key=key).tokens,
     "init_tokens": lambda x, key: dx.init_tokens(2, 5, vocab_size=7, mask_id=7, r_init=0.4, key=key),
     "perturb_embeddings": lambda x, key: dx.perturb_embeddings(x["student"], 0.3, key=key),
@@ -204,6 +206,9 @@ BAD_VALUES = {
     "teacher_logits": lambda x, key: dx.token_divergence(x["teacher"] * NAN, x["auxiliary"], "forward_kl"),
     "auxiliary_logits": lambda x, key: dx.token_divergence(x["teacher"], x["auxiliary"] + INF, "forward_kl"),
     "logits": lambda x, key: dx.sample_categorical(x["teacher"] - INF, key=key),
+    "probability": lambda x, key: dx.reveal_ancestral(
+        x["teacher"], x["tokens"], torch.tensor([0.5, -1.0]).to(key.device), 1, key=key
+    ),
     "targets": lambda x, key: dx.masked_cross_entropy(x["student"], x["tokens"] + 7),
     "weight": lambda x, key: dx.distribution_matching_loss(
         x["student"], x["teacher"], x["auxiliary"], "forward_kl", weight=torch.tensor([1.0, INF]).to(key.device)
@@ -235,3 +240,4 @@ def test_debug_ignores_rows_that_are_masked_out(device, monkeypatch):
     x["tokens"][0, 1] = 99
     dx.token_divergence(x["teacher"], x["auxiliary"], "forward_kl", mask=mask)
     dx.masked_cross_entropy(x["student"], x["tokens"], mask)
+    dx.reveal_confident(x["teacher"], mask.long(), 1, 1, key=dx.random_key(0, device=device))

@@ -92,6 +92,16 @@ class Shim:
     def sample_categorical(self, sizes, logits, guidance, key, temperature, filters, *outputs) -> None:
         self("sample_categorical", *_flat(sizes, logits), *guidance, *key, temperature, *filters, *outputs)
 
+    def reveal_ancestral(self, sizes, logits, guidance, key, temperature, filters, state, mask_id, chance, out) -> None:
+        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
+        self("reveal_ancestral", *draw, state, mask_id, *chance, out)
+
+    def reveal_confident(
+        self, sizes, logits, guidance, key, temperature, filters, state, mask_id, count, noise, workspace, out
+    ) -> None:
+        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
+        self("reveal_confident", *draw, state, mask_id, *count, noise, *workspace, out)
+
     def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale) -> None:
         self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale)
 
@@ -372,6 +382,37 @@ def test_draws_do_not_depend_on_the_order_of_threads(shim, vocab, order):
     shim.order(order)
     for actual, known in zip([draw(), draw(top_k=min(vocab, 50), top_p=0.9)], expected, strict=True):
         assert all(map(torch.equal, actual, known))
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "layout", "filters", "temperature", "own_keys", "order"),
+    cross(DRAWN, HALF_AND_SINGLE, LAYOUTS, FILTERS, [0.7, 3.0], [False, True], ORDERS),
+)
+def test_reveals(shim, vocab, dtype, layout, filters, temperature, own_keys, order):
+    """Masked positions alone are drawn, in every geometry: the reference's reveals, whatever stands elsewhere."""
+    shim.order(order)
+    logits, uncond = LogitsCase((3, 7), vocab, dtype, layout, seed=vocab).build(DEVICE)
+    tokens = torch.arange(21).view(3, 7) % 3
+    logits[tokens != 1] = torch.nan
+    key = dx.random_key([7, 2**64 - 1, 0] if own_keys else -3, 2**33 + 1)
+    draw = {k: min(v, vocab) if k == "top_k" else v for k, v in filters.items()} | {"temperature": temperature}
+    draw |= {"uncond_logits": uncond, "guidance_scale": torch.tensor([1.0, 1.5, -0.5]), "key": key}
+    chances, counts = torch.tensor([0.5, 1.0, 0.0]), torch.tensor([2, 7, -1])
+    for chance, count in [(0.4, 1), (chances, counts)]:
+        assert_equals_reference(lambda p=chance: (dx.reveal_ancestral(logits, tokens, p, 1, **draw),))
+        assert_equals_reference(lambda n=count: (dx.reveal_confident(logits, tokens, n, 1, noise_scale=2.0, **draw),))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_confident_reveals_of_any_length(shim, length, noise, order):
+    """Ties everywhere, or nowhere; none revealed, some, all."""
+    shim.order(order)
+    logits, tokens = torch.zeros(2, length, 2), torch.arange(2 * length).view(2, length) % 5
+    for count in (0, 1, length // 8 + 1, length):
+        reveal = partial(dx.reveal_confident, logits, tokens, count, 1, noise_scale=noise, key=dx.random_key(length))
+        assert_equals_reference(lambda reveal=reveal: (reveal(),))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)

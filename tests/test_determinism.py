@@ -168,6 +168,8 @@ FROM_A_GENERATOR = {
         4, 16, vocab_size=300, mask_id=300, r_init=0.5, device=x.tokens.device, generator=g
     ),
     "sample_categorical": lambda x, g: dx.sample_categorical(x.teacher, generator=g).tokens,
+    "reveal_ancestral": lambda x, g: dx.reveal_ancestral(x.teacher, x.mask.long(), 0.5, 1, generator=g),
+    "reveal_confident": lambda x, g: dx.reveal_confident(x.teacher, x.mask.long(), 4, 1, generator=g),
     "perturb_embeddings": lambda x, g: dx.perturb_embeddings(x.student, 0.5, generator=g),
 }
 

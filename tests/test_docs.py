@@ -72,9 +72,23 @@ def test_files_that_the_readme_names_exist(path):
     assert (ROOT / path).is_file()
 
 
-@pytest.mark.parametrize(("cls", "path"), [(DistillConfig, "digits.yaml"), (PretrainConfig, "digits_teacher.yaml")])
-def test_committed_configurations_load(cls, path):
-    load_config(cls, ROOT / "configs" / path)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").iterdir()), ids=lambda path: path.stem)
+def test_committed_configurations_load(path):
+    load_config(PretrainConfig if path.stem == "digits_teacher" else DistillConfig, path)
+
+
+def test_maskgit_has_the_released_settings():
+    """github.com/yuanzhi-zhu/DiMO at 24613741: configs/DIMO_MaskGit.yaml, with the launch script's batch."""
+    config = load_config(DistillConfig, ROOT / "configs" / "maskgit_imagenet256.yaml")
+    method = config.method
+    assert (method.r_init, method.embedding_noise, method.embedding_noise_scale) == (0.6, 0.1, "unit")
+    assert (method.mask_schedule, method.guidance_scale, method.student_temperature) == ("arccos", 2.0, 1.0)
+    assert dimo_ext.parse_divergence(method.divergence) == dimo_ext.Jeffreys(0.0)
+    assert (method.num_auxiliary_steps, method.freeze, method.label_smoothing) == (1, "recipe", 0.1)
+    assert config.student == config.auxiliary
+    assert (config.student.learning_rate, config.student.betas, config.student.eps) == (1e-5, (0.9, 0.999), 1e-6)
+    assert (config.student.clip_norm, config.student.warmup_steps, config.student.decay) == (1.0, 100, "constant")
+    assert (config.run.batch_size, config.run.ema_decay, config.run.precision) == (64, 0.9999, "bfloat16")
 
 
 # --- the API page and the docstrings it is made of ------------------------------------------------------------------

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import dimo_ext as dx
+from dimo.config import DistillConfig, RunConfig, SamplingConfig
+from dimo.samplers import sample_ancestral, sample_confident, sample_few_steps
+from dimo.teachers import DigitsTeacher, MaskGITTeacher
+from dimo.trainer import DistillationTrainer
 from tests.calls import CALLS, Inputs, every_call
 from tests.conftest import DTYPES, assert_equivalent
 
@@ -96,11 +102,89 @@ def test_it_gives_what_the_cpu_gives(name, dtype):
         assert_equivalent(a, b)
 
 
+def tiny_trainer(**run) -> DistillationTrainer:
+    """Deep enough to compute something, of a size that all kernels serve; the rate changes from step to step."""
+    sizes = {"grid_size": 4, "vocab_size": 37, "num_classes": 3, "width": 64, "depth": 2, "heads": 2, "mlp_width": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = MaskGITTeacher.build({**sizes, "dropout": 0.0}).to(GPU)
+    return DistillationTrainer(teacher, DistillConfig(RunConfig("unused", steps=20, batch_size=8, **run)))
+
+
+STEP_OPTIONS = [
+    {},
+    {"precision": "bfloat16"},
+    {"accumulation_steps": 2, "activation_checkpointing": True, "precision": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids=str)
+def test_a_training_step_does_not_wait(options):
+    """Neither student nor auxiliary phase, optimisers and average included."""
+    trainer = tiny_trainer(**options)
+    trainer.step(0)
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        trainer.step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", STEP_OPTIONS, ids=str)
+def test_a_recorded_step_trains_like_the_plain_one(options):
+    """Draws, rates and average of each step its own, while other work takes and frees memory beside it."""
+    plain, recorded = tiny_trainer(**options), tiny_trainer(cuda_graph=True, **options)
+    for index in range(8):
+        expected, actual = plain.step(index), recorded.step(index)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=2e-2, atol=2e-3)
+    assert recorded.updates.calls == 8
+    start = tiny_trainer(**options).student
+    for a, b, c in zip(*(t.student.parameters() for t in (plain, recorded)), start.parameters(), strict=True):
+        assert (a - b).norm() <= 0.05 * (a - c).norm() + 1e-6
+    assert plain.step(8)["student_divergence"] != plain.step(9)["student_divergence"]
+
+
+SAMPLERS = {
+    "ancestral": partial(sample_ancestral, steps=6, guidance_scale=1.5),
+    "confident": partial(sample_confident, steps=6, guidance_scale=1.5),
+    "few steps": partial(sample_few_steps, sampling=SamplingConfig(), steps=3),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_whole_sampling_loop_is_one_graph(name):
+    """Nothing waits for the GPU; replayed with other keys and labels, the loop gives what it gives without a graph."""
+    torch.manual_seed(0)
+    model = DigitsTeacher.build({"width": 32, "depth": 2, "heads": 2, "mlp_width": 64}).to(GPU).eval()
+    labels, key = torch.arange(20, device=GPU) % 10, dx.random_key(range(20), device=GPU)
+    expected = [SAMPLERS[name](model, labels.roll(n), key=dx.fold_in(key, n)) for n in range(3)]  # a warm-up too
+    given_labels, given_key = labels.clone(), key.clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens = SAMPLERS[name](model, given_labels, key=given_key)
+    for n in range(3):
+        given_labels.copy_(labels.roll(n))
+        given_key.copy_(dx.fold_in(key, n))
+        graph.replay()
+        assert torch.equal(tokens, expected[n])
+    assert not torch.equal(expected[0], expected[1])
+
+
 LAUNCHERS = {
     "fold_in": (0, 0, 0, 0, 0, 0),
     "mask_tokens": (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, False, 1),
     "init_tokens": (0, 0, 0, 0.5, 0, 0, 0, 1),
     "sample_categorical": ([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0), 0, 0),
+    "reveal_ancestral": ([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0), 0, 5, (0.5, 0), 0),
+    "reveal_confident": (
+        *([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0)),
+        *(0, 5, (1, 0), 1.0, (0, 0), 0),
+    ),
     "perturb_embeddings": ([1, 5], [None, None], 1, (0, 0), 0.5, 0),
 }
 

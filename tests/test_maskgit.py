@@ -74,6 +74,23 @@ def test_logits(case, golden, network, tokens, classes):
     assert_golden(logits, golden[f"out.logits_{case}"])
 
 
+def test_attention_averaged_over_heads(golden, network, tokens, classes):
+    """From the packed projections' inputs: heads are split as the original splits them, the class token among them."""
+    seen, expected = [], [golden[f"out.attn_drop_mixed.{layer}"] for layer in range(2)]
+    handles = [
+        attention.fn.mha.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+        for attention, _ in network.transformer.layers
+    ]
+    network(tokens, torch.where(golden["in.drop_label"], network.null_class, classes))
+    for handle in handles:
+        handle.remove()
+    for (module, x), weights in zip(seen, expected, strict=True):
+        packed = torch.nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
+        query, key, _ = packed.unflatten(-1, (3, module.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        assert_golden(scores.softmax(-1).mean(1), weights)
+
+
 def test_embedding_noise(golden, network, tokens, classes):
     """The original's own noise through ``perturb``: before positions, on the tokens alone."""
     sigma, noise = golden["in.noise_emb_perturb"].item(), golden["in.noise"][:, : GRID * GRID]

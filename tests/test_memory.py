@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 BATCH, GRID, VOCAB = 3, 4, 1031
 LENGTH = GRID**2
-PHASES = ["student forward", "masking and teacher", "auxiliary forward", "loss"]
+PHASES = ["student forward", "teacher", "auxiliary forward", "loss"]
 
 
 class Table(MaskGITTeacher):
@@ -71,5 +71,5 @@ def test_the_loss_allocates_a_gradient_a_network(dtype, divergence):
         assert network.weight.grad.abs().sum() > 0
     found = large_allocations(prof, dtype)
     assert found["dimo: loss"] == 2
-    assert found["dimo: auxiliary forward"] == found["dimo: masking and teacher"] == 1  # logits
+    assert found["dimo: auxiliary forward"] == found["dimo: teacher"] == 1  # logits
     assert found.keys() <= {f"dimo: {name}" for name in PHASES}

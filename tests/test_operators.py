@@ -66,6 +66,18 @@ def test_opcheck_sample_categorical(device, layout, filters):
     )
 
 
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_reveal(device, layout, each):
+    cond, uncond = logits_of(device, layout, count=2)
+    tokens = torch.tensor([[5, 5], [5, 1], [2, 5]], device=device).T
+    chances, counts = (torch.tensor(n, device=device) if each else None for n in ([0.2, 0.8], [1, 2]))
+    draw = (0.7, 3, 0.9, 0.1, uncond, 2.0, None) if each else (1.0, 0, 1.0, 0.0, None, 1.0, None)
+    key = dx.random_key([1, 2], device=device)
+    torch.library.opcheck(OPERATORS.reveal_ancestral.default, (cond, tokens, key, 0.5, chances, 5, *draw))
+    torch.library.opcheck(OPERATORS.reveal_confident.default, (cond, tokens, key, 1, counts, 2.0, 5, *draw))
+
+
 @pytest.mark.parametrize("bernoulli", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_mask_tokens(device, bernoulli, transposed):
@@ -121,6 +133,13 @@ def sampling_step(x: Tensor, key: Tensor) -> Tensor:
     return (x.gather(-1, sample.tokens[..., None])[..., 0] + sample.log_prob).sum()
 
 
+def reveal_step(x: Tensor, key: Tensor) -> Tensor:
+    tokens = x.detach().argmax(-1)
+    shown = dx.reveal_ancestral(x, tokens, torch.full((len(x),), 0.7, device=x.device), 1, key=key)
+    shown = dx.reveal_confident(x, shown, 2, 2, noise_scale=0.5, key=key)
+    return x.gather(-1, shown[..., None]).sum()
+
+
 def masking_step(x: Tensor, key: Tensor) -> Tensor:
     tokens = dx.init_tokens(len(x), x.shape[1], vocab_size=5, mask_id=4, r_init=0.6, key=key)
     masked = dx.mask_tokens(tokens, torch.full((len(x),), 0.5, device=x.device), 4, key=dx.fold_in(key, 1))
@@ -132,7 +151,8 @@ def embedding_step(x: Tensor, key: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "step", [divergence_step, matching_step, cross_entropy_step, sampling_step, masking_step, embedding_step]
+    "step",
+    [divergence_step, matching_step, cross_entropy_step, sampling_step, reveal_step, masking_step, embedding_step],
 )
 def test_compiled_equals_eager(device, step: Callable[[Tensor, Tensor], Tensor]):
     """One full graph, the same value and the same gradient, and fresh draws when the key changes."""
@@ -186,8 +206,9 @@ def test_gradient_through_vmap(device):
 def test_every_public_name_exists():
     """``__all__`` holds what the documentation promises, and nothing that is missing."""
     operators = (
-        "token_divergence distribution_matching_loss masked_cross_entropy sample_categorical mask_tokens init_tokens "
-        "perturb_embeddings random_key fold_in use_backend build_info parse_divergence"
+        "token_divergence distribution_matching_loss masked_cross_entropy sample_categorical reveal_ancestral "
+        "reveal_confident mask_tokens init_tokens perturb_embeddings random_key fold_in use_backend build_info "
+        "parse_divergence"
     )
     divergences = (
         "ForwardKL ReverseKL Jeffreys JensenShannon SquaredHellinger TotalVariation PearsonChi2 NeymanChi2 Alpha LeCam"

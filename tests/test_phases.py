@@ -18,10 +18,12 @@ from dimo.trainer import CHECKPOINT, DistillationTrainer, PretrainingTrainer, ru
 
 SIZES = {"grid_size": 3, "vocab_size": 5, "num_classes": 3, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
 DISTILLATION = [
-    "student forward", "masking and teacher", "auxiliary forward", "loss", "student backward and optimiser",
-    "auxiliary updates",
+    "student forward", "draws", "masking", "teacher", "auxiliary forward", "loss", "student backward",
+    "auxiliary backward", "student optimiser", "auxiliary optimiser",
 ]  # fmt: skip
-PRETRAINING = ["forward and loss", "backward and optimiser"]
+SECOND_AUXILIARY_STEP = ["masking", "auxiliary forward", "loss", "auxiliary backward", "auxiliary optimiser"]
+AVERAGE = ["average"]
+PRETRAINING = ["masking", "model forward", "loss", "backward", "optimiser", "average"]
 
 
 def tiny() -> MaskGITTeacher:
@@ -89,7 +91,9 @@ def test_a_step_that_fails_leaves_no_clock_behind():
     assert "after" not in clock.seconds
 
 
-@pytest.mark.parametrize(("kind", "names"), [("distill", DISTILLATION), ("pretrain", PRETRAINING)])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("distill", DISTILLATION + SECOND_AUXILIARY_STEP + AVERAGE), ("pretrain", PRETRAINING)]
+)
 def test_a_profile_shows_the_phases_in_order(kind, names, tmp_path):
     trainer, _ = make(kind, tmp_path)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
@@ -98,7 +102,7 @@ def test_a_profile_shows_the_phases_in_order(kind, names, tmp_path):
     assert [event.name.removeprefix("dimo: ") for event in ranges] == names
 
 
-@pytest.mark.parametrize(("kind", "names"), [("distill", DISTILLATION), ("pretrain", PRETRAINING)])
+@pytest.mark.parametrize(("kind", "names"), [("distill", DISTILLATION + AVERAGE), ("pretrain", PRETRAINING)])
 @pytest.mark.parametrize(("log_every", "step"), [(1, 10), (7, 12), (100, 12)])
 def test_the_log_holds_the_times_once(kind, names, log_every, step, tmp_path):
     run_training(*make(kind, tmp_path, log_every=log_every))

@@ -148,23 +148,10 @@ def test_comparison_figure_errors(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("labels", [None, ["cat", "dog"]])
-def test_image_grid(tmp_path, labels):
-    report.image_grid(torch.rand(2, 3, 8, 5), tmp_path / "grid.png", labels, title="step 10")
-    assert min(read_png(tmp_path / "grid.png").shape[:2]) > 100
-
-
-def test_image_grid_errors(tmp_path):
-    with pytest.raises(ValueError, match="row_labels must hold 2 labels, not 1"):
-        report.image_grid(torch.rand(2, 3, 8, 8), tmp_path / "x.png", ["a"])
-    with pytest.raises(ValueError, match=r"images must have shape \[rows, cols, H, W\]"):
-        report.image_grid(torch.rand(3, 8, 8), tmp_path / "x.png")
-
-
 def test_pictures_touch_no_global_figure(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     before = pyplot.get_fignums()
-    report.image_grid(torch.rand(1, 1, 8, 8), tmp_path / "x.png")
+    report.comparison_figure(digits(["a"]), tmp_path / "x.png")
     assert pyplot.get_fignums() == before
 
 
@@ -194,4 +181,4 @@ def test_log_errors(tmp_path):
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"dimo-ext\[train\]"):
-        report.image_grid(torch.rand(1, 1, 8, 8), tmp_path / "x.png")
+        report.comparison_figure(digits(["a"]), tmp_path / "x.png")

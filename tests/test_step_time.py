@@ -75,5 +75,5 @@ def test_a_table_and_a_chart(tmp_path):
         "plain eager": "same algorithm", "ours eager": "same algorithm", "ours eager, batch re-used": "recipe",
     }  # fmt: skip
     assert all(float(row["ms"]) > 0 and float(row["floor_ms"]) > 0 for row in whole.values())
-    assert len({row["phase"] for row in rows}) == 8
+    assert len({row["phase"] for row in rows}) == 13
     assert out.with_suffix(".png").stat().st_size > 0

@@ -29,15 +29,14 @@ from dimo.config import (
     to_dict,
 )
 from dimo.data.digits import DigitsSplit
+from dimo.optimizers import Ema, Updater
 from dimo.runlog import LOG, TrainingError
 from dimo.teachers import MaskGITTeacher
 from dimo.trainer import (
     CHECKPOINT,
     DistillationTrainer,
-    Ema,
     Interrupted,
     PretrainingTrainer,
-    Updater,
     _StopFlag,
     resolve_device,
     run_training,
@@ -112,7 +111,7 @@ def assert_same_files(first: Path, second: Path) -> None:
 
 
 def updater(**changes) -> Updater:
-    return Updater([torch.nn.Parameter(torch.ones(3))], OptimizerConfig(**changes), total_steps=20)
+    return Updater([torch.nn.Parameter(torch.ones(3))], OptimizerConfig(**changes), steps=20)
 
 
 def test_learning_rate_warms_up_then_stays():
@@ -137,15 +136,20 @@ def test_updates_are_adamw_on_the_clipped_gradient(clip_norm):
     settings = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, warmup_steps=3, clip_norm=clip_norm)
     start, target = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 1.0, 0.0])
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    update = Updater([ours], settings, total_steps=10)
+    update = Updater([ours], settings, steps=10)
     reference = torch.optim.AdamW([theirs], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2, foreach=False)
+    clipped = []
+    update.optimizer.register_step_pre_hook(lambda *_: clipped.append(ours.grad.clone()))
     for n in range(10):
-        norm = update.update((ours - target).square().sum(), n)
+        (ours - target).square().sum().backward()
+        update.schedule(n)
+        norm = update.update()
+        assert ours.grad is None  # its memory is free until the next backward pass
         gradient = 2 * (theirs.detach() - target)
         torch.testing.assert_close(norm, gradient.norm())  # before clipping
         scale = 1.0 if clip_norm is None else min(1.0, clip_norm / (gradient.norm().item() + 1e-6))
         theirs.grad = gradient * scale
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(clipped[-1], theirs.grad)
         reference.param_groups[0]["lr"] = update.learning_rate(n)
         reference.step()
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-6)

@@ -3,10 +3,10 @@
 #include "common/masking.h"
 
 #include <algorithm>
-#include <array>
 
 #include "common/philox.h"
 #include "cpu/parallel.h"
+#include "cpu/select.h"
 #include "ops.h"
 
 namespace dimo::cpu {
@@ -36,29 +36,6 @@ int64_t masked_count(const MaskTokensArgs& args, int64_t row, const int64_t* key
   return bounded_count(count, args.min_masked, args.length);
 }
 
-DigitChoice choose_digit(const std::array<uint32_t, kDigits>& histogram, uint32_t rank) {
-  DigitChoice choice = {0, 0, histogram[0]};
-  while (choice.before + choice.count < rank) {
-    choice.before += choice.count;
-    choice.count = histogram[++choice.digit];
-  }
-  return choice;
-}
-
-// The k smallest keys are those not above the bound; k > 0.
-uint64_t bound_of_smallest(int64_t k, const int64_t* keys, int64_t length) {
-  KeySearch search(static_cast<uint32_t>(k));
-  while (!search.done) {
-    std::array<uint32_t, kDigits> histogram{};
-    for (int64_t i = 0; i < length; ++i) {
-      const uint64_t key = static_cast<uint64_t>(keys[i]);
-      if (search.candidate(key)) ++histogram[search.digit(key)];
-    }
-    search.descend(choose_digit(histogram, search.rank));
-  }
-  return search.bound();
-}
-
 void mask_row(const MaskTokensArgs& args, int64_t row) {
   const int64_t* tokens = args.tokens + row * args.length;
   int64_t* out = args.out_tokens + row * args.length;
@@ -66,7 +43,7 @@ void mask_row(const MaskTokensArgs& args, int64_t row) {
 
   draw_keys(RowStream(args.key, args.key_stride, OperatorTag::mask_tokens, row), args.length, out);
   const int64_t k = masked_count(args, row, out);
-  const uint64_t bound = k > 0 ? bound_of_smallest(k, out, args.length) : 0;
+  const uint64_t bound = k > 0 ? find_smallest(k, out, args.length).bound() : 0;
   for (int64_t i = 0; i < args.length; ++i) {
     mask[i] = k > 0 && static_cast<uint64_t>(out[i]) <= bound;
     out[i] = mask[i] ? args.mask_id : tokens[i];
@@ -77,7 +54,7 @@ void init_row(const InitTokensArgs& args, int64_t row) {
   int64_t* out = args.out_tokens + row * args.length;
   draw_keys(RowStream(args.key, args.key_stride, OperatorTag::init_mask, row), args.length, out);
   const int64_t k = exact_count(args.ratio, args.length);
-  const uint64_t bound = k > 0 ? bound_of_smallest(k, out, args.length) : 0;
+  const uint64_t bound = k > 0 ? find_smallest(k, out, args.length).bound() : 0;
 
   const RowStream ids(args.key, args.key_stride, OperatorTag::init_ids, row);
   for (int64_t start = 0; start < args.length; start += 4) {

@@ -3,7 +3,7 @@
 
 namespace dimo::cpu {
 
-void fold_in(const FoldInArgs& args) {
+void fold_in(const FoldInArgs& args, int) {
   for (int64_t index = 0; index < args.count; ++index) fold_in_one(args, index);
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/reveal.h"
 #include "common/sampling.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
@@ -69,7 +70,7 @@ DIMO_INLINE uint64_t joined(int64_t high, int64_t low) {
 
 void put(const SampleCategoricalArgs& args, int64_t row, bool dead, int64_t token, float log_prob) {
   args.tokens[row] = dead ? -1 : token;
-  args.log_prob[row] = dead ? -INFINITY : log_prob;
+  if (args.log_prob != nullptr) args.log_prob[row] = dead ? -INFINITY : log_prob;
 }
 
 // --- one row along the lanes ----------------------------------------------------------------------------------------
@@ -78,7 +79,8 @@ class Along {
  public:
   explicit Along(const SampleCategoricalArgs& args) : args_(args), rules_(args), chunks_(chunks_of(args)) {}
 
-  void run(int64_t row) {
+  void run(const int64_t* rows, int) {
+    const int64_t row = *rows;
     locate(row);
     if (rules_.greedy) return greedy(row);
     if (!rules_.filtered) return draw<false>(row);
@@ -352,10 +354,10 @@ class Across {
  public:
   explicit Across(const SampleCategoricalArgs& args) : args_(args), rules_(args), chunks_(chunks_of(args)) {}
 
-  // Rows [begin, begin + count), at most kLanes.
-  void run(int64_t begin, int count) {
+  // At most kLanes rows.
+  void run(const int64_t* rows, int count) {
     for (int r = 0; r < kLanes; ++r) {
-      const int64_t row = begin + (r < count ? r : 0);  // idle lanes repeat the first row
+      const int64_t row = rows[r < count ? r : 0];  // idle lanes repeat the first row
       logits_[r] = row_offset(args_.shape, args_.logits, row);
       if (args_.uncond.data != nullptr) uncond_[r] = row_offset(args_.shape, args_.uncond, row);
       scale_[r] = scale_of(args_, row);
@@ -366,7 +368,7 @@ class Across {
     const Vec log_prob = (logit_ - race_.top) * rules_.inverse_temperature - VecMath::log(race_.total);
     for (int r = 0; r < count; ++r) {
       const bool dead = race_.top[r] == -INFINITY || !(race_.total[r] < INFINITY);
-      put(args_, begin + r, dead, token_[r], log_prob[r]);
+      put(args_, rows[r], dead, token_[r], log_prob[r]);
     }
   }
 
@@ -450,19 +452,34 @@ class Across {
   alignas(64) float z_[kChunk * kLanes], weights_[kChunk * kLanes];
 };
 
+// Draws the rows that are wanted, kTogether at a time.
+template <class Rows, int kTogether>
+void draw_rows(const SampleCategoricalArgs& args, int64_t begin, int64_t end) {
+  Rows rows(args);
+  int64_t wanted[kTogether];
+  int count = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (is_wanted(args, row))
+      wanted[count++] = row;
+    else
+      args.tokens[row] = args.wanted.state[row];
+    if (count > 0 && (count == kTogether || row + 1 == end)) {
+      rows.run(wanted, count);
+      count = 0;
+    }
+  }
+}
+
 }  // namespace
 
 void DIMO_ISA::sample_categorical_rows(const SampleCategoricalArgs& args, int64_t begin, int64_t end) {
   const DrawRules rules(args);
   const bool strided = args.logits.vocab_stride != 1 && (args.uncond.data == nullptr || args.uncond.vocab_stride != 1);
-  if (!rules.filtered && !rules.greedy && (strided || args.shape.vocab <= kShortVocab)) {
-    Across across(args);
-    for (int64_t row = begin; row < end; row += kLanes)
-      across.run(row, static_cast<int>(least<int64_t>(end - row, kLanes)));
-  } else {
-    Along along(args);
-    for (int64_t row = begin; row < end; ++row) along.run(row);
-  }
+  const bool across = !rules.filtered && !rules.greedy && (strided || args.shape.vocab <= kShortVocab);
+  if (across)
+    draw_rows<Across, kLanes>(args, begin, end);
+  else
+    draw_rows<Along, 1>(args, begin, end);
 }
 
 }  // namespace dimo::cpu

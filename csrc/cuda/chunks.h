@@ -80,10 +80,15 @@ struct Line {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* const from = reinterpret_cast<const T*>(data);
       unsigned bits[kShare];  // all on their way before one is converted
+      if (logits.vocab_stride == 1 && first + (kShare - 1) * kStep < end) {
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        const int id = first + i * kStep;
-        bits[i] = load_bits(from + (id < end ? id : end - 1) * logits.vocab_stride);
+        for (int i = 0; i < kShare; ++i) bits[i] = load_bits(from + first + i * kStep);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) {
+          const int id = first + i * kStep;
+          bits[i] = load_bits(from + (id < end ? id : end - 1) * logits.vocab_stride);
+        }
       }
 #pragma unroll
       for (int i = 0; i < kShare; ++i) z[i] = first + i * kStep < end ? from_bits<T>(bits[i]) : -INFINITY;
@@ -116,6 +121,54 @@ struct Line {
  private:
   __device__ int misalignment() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data) % kCell); }
 };
+
+// Chunks of a row that a warp works on at a time. A lane has the ids lane, lane + 32, ... of each.
+template <int kChunks>
+using Segment = float[kChunks][kShare];
+
+constexpr int kStridedChunks = 2;  // longer segments are of contiguous rows: the addresses of others take registers
+
+template <class T>
+__device__ constexpr unsigned minus_infinity_bits() {
+  return sizeof(T) == 4 ? 0xff800000u : std::is_same_v<T, __half> ? 0xfc00u : 0xff80u;
+}
+
+// Loads a lane's ids of a segment that begins with id `first` and of which `left` exist, -inf beyond.
+template <int kChunks>
+__device__ void load_segment(const Line& line, int lane, int first, int left, Segment<kChunks>& z) {
+  with_type(line.logits.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    unsigned bits[kChunks][kShare];  // all on their way before one is converted
+    const int64_t stride = line.logits.vocab_stride;
+    const T* const from = reinterpret_cast<const T*>(line.data) + (first + lane) * stride;
+    const auto each = [&](auto step) {  // an int where it is a constant
+      const T* at = from;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int here = left - c * kChunk;
+        if (here >= kChunk) {
+#pragma unroll
+          for (int i = 0; i < kShare; ++i) bits[c][i] = load_bits(at + i * step);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kShare; ++i) {
+            bits[c][i] = minus_infinity_bits<T>();
+            if (lane + i * kWarp < here) bits[c][i] = load_bits(at + i * step);
+          }
+        }
+        at += kShare * step;
+      }
+    };
+    if (kChunks > kStridedChunks || stride == 1)
+      each(kWarp);
+    else
+      each(kWarp * stride);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) z[c][i] = from_bits<T>(bits[c][i]);
+  });
+}
 
 // One row as floats, guided (kGuided), in chunks that come through shared memory while others are worked on.
 template <bool kGuided>
@@ -150,10 +203,20 @@ struct Row {
     mix(other, z);
   }
 
-  // Calls visit(chunk, slot, z) for the chunks of this warp, slot counting them modulo 32, z a lane's ids lane,
-  // lane + 32, ...; and after every 32 and at the end full(first): the lanes' chunks are first + kWarps * lane.
-  template <int kWarps, class Visit, class Full>
-  __device__ void each_chunk(int lane, int warp, unsigned char* slots, const Visit& visit, const Full& full) const {
+  // A lane's ids of a segment, as load_segment above says.
+  template <int kChunks>
+  __device__ void load(int lane, int first, int left, Segment<kChunks>& z) const {
+    load_segment(cond, lane, first, left, z);
+    if (!guided()) return;
+    Segment<kChunks> other;
+    load_segment(uncond, lane, first, left, other);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) mix(other[c], z[c]);
+  }
+
+  // Calls visit(chunk, z) for the chunks of this warp, z a lane's ids lane, lane + 32, ...
+  template <int kWarps, class Visit>
+  __device__ void each_chunk(int lane, int warp, unsigned char* slots, const Visit& visit) const {
     const int chunks = (vocab() + kChunk - 1) / kChunk;
     const bool streamed = args.logits.vocab_stride == 1 && (!kGuided || args.uncond.vocab_stride == 1);
     const int cond_bytes = slot_bytes(args.logits), both_bytes = cond_bytes + (kGuided ? slot_bytes(args.uncond) : 0);
@@ -182,8 +245,7 @@ struct Row {
         take(uncond, streamed, lane, chunk, slot + cond_bytes, other);
         mix(other, z);
       }
-      visit(chunk, count % kWarp, z);
-      if (count % kWarp == kWarp - 1 || chunk + kWarps >= chunks) full(chunk - count % kWarp * kWarps);
+      visit(chunk, z);
     }
     __syncwarp();  // the next sweep fills the slots again
   }

@@ -2,8 +2,10 @@
 
 from .checkpoint import load_teacher
 from .generator import OneStepGenerator, labels_per_class, sample_keys
-from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_one_step
+from .published_samplers import sample_amused, sample_mdlm
+from .samplers import sample_ancestral, sample_confident, sample_few_steps, sample_halton, sample_one_step
 from .teachers import TEACHERS, Teacher
+from .texts import sequence_entropy
 
 __all__ = [
     "TEACHERS",
@@ -11,9 +13,13 @@ __all__ = [
     "Teacher",
     "labels_per_class",
     "load_teacher",
+    "sample_amused",
     "sample_ancestral",
     "sample_confident",
     "sample_few_steps",
+    "sample_halton",
     "sample_keys",
+    "sample_mdlm",
     "sample_one_step",
+    "sequence_entropy",
 ]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import atomic_path
+from .state_dicts import CheckpointError, build_on_meta, load_exactly, locate, read_safetensors
 from .teachers import TEACHERS, Teacher
+from .tokenizers import TOKENIZERS, Tokenizer
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.safetensors"
+PATTERNS = (WEIGHTS, CONFIG, TOKENIZER, "text_encoder/*", "tokenizer/*")  # of a folder that dimo wrote
 SHIPPED = Path(__file__).parent / "weights"
-
-
-class CheckpointError(ValueError):
-    """A file that is missing, truncated or of another kind; the message names it and what was expected."""
+ModelT = TypeVar("ModelT", Teacher, Tokenizer)
 
 
 def versions() -> dict[str, str]:
@@ -40,17 +41,29 @@ def versions() -> dict[str, str]:
 
 
 def save_model(folder: str | os.PathLike, model: Teacher, model_format: str, **entries: Any) -> Path:
-    """Write weights and config.json, atomically as a whole folder; ``entries`` are added to the config."""
+    """Write weights and config.json, atomically as a whole folder; ``entries`` are added to the config.
+
+    The tokeniser goes with them: its kind and sizes into the config, its weights into a file of their own.
+    """
+    tokenizer = model.tokenizer
     config = {
         "format": model_format, "format_version": FORMAT_VERSION, "kind": model.kind, "network": model.network_config(),
+        "tokenizer": tokenizer and {"kind": tokenizer.kind, "network": tokenizer.network_config()},
         **entries, "versions": versions(),
     }  # fmt: skip
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS)
+        _write_weights(temporary / WEIGHTS, model)
+        if tokenizer is not None:
+            _write_weights(temporary / TOKENIZER, tokenizer)
+        model.save_parts(temporary)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def _write_weights(path: Path, module: nn.Module) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, path)
 
 
 def read_model_config(folder: str | os.PathLike) -> dict[str, Any]:
@@ -84,16 +97,26 @@ def load_model(folder: str | os.PathLike) -> tuple[Teacher, dict[str, Any]]:
         CheckpointError: see :func:`read_model_config`; also truncated weights, missing, unexpected or misshapen ones
             (all of them are listed).
     """
-    config = read_model_config(folder)
-    path = Path(folder) / WEIGHTS
-    state = _read_safetensors(path)
-    try:
-        with torch.device("meta"):  # no memory for wrong sizes, no draw from the global generator
-            model = TEACHERS[config["kind"]].build(config["network"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{Path(folder) / CONFIG}: unusable network sizes: {error}") from None
-    _load_state(model, state, path, assign=True)
+    config, folder = read_model_config(folder), Path(folder)
+    model = _build(TEACHERS[config["kind"]], config.get("network"), folder, WEIGHTS)
+    if config.get("tokenizer") is not None:
+        model.attach(_load_tokenizer(config["tokenizer"], folder))
+    model.load_parts(folder)
     return model.eval().requires_grad_(False), config
+
+
+def _load_tokenizer(entry: Any, folder: Path) -> Tokenizer:
+    if not isinstance(entry, dict) or entry.get("kind") not in list(TOKENIZERS):
+        kinds = ", ".join(TOKENIZERS)
+        raise CheckpointError(f"{folder / CONFIG}: expected a tokenizer of kind {kinds}, got {_get(entry, 'kind')!r}")
+    return _build(TOKENIZERS[entry["kind"]], entry.get("network"), folder, TOKENIZER)
+
+
+def _build(cls: type[ModelT], network: Any, folder: Path, weights: str) -> ModelT:
+    state = read_safetensors(folder / weights)
+    model = build_on_meta(lambda: cls.build(network), folder / CONFIG)
+    load_exactly(model, state, folder / weights, assign=True)
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -105,53 +128,89 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_folder(name: str | os.PathLike) -> Path:
-    """Return the folder of shipped weights if ``name`` is a teacher's kind, else ``name`` as a path."""
-    return SHIPPED / name if str(name) in TEACHERS else Path(name)
+def load_teacher(
+    kind_or_path: str | os.PathLike,
+    path: str | os.PathLike | None = None,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    **options: Any,
+) -> Teacher:
+    """Return a teacher, in evaluation mode and frozen.
 
-
-def load_teacher(kind: str, path: str | os.PathLike | None = None) -> Teacher:
-    """Return the teacher of a folder, or the one that ships with the package for ``kind`` when ``path`` is None.
+    Args:
+        kind_or_path: a kind, or the path or Hugging Face id of a folder written by dimo.
+        path: with a kind: such a folder, or a checkpoint as its authors published it; None = the weights that ship with
+            the package.
+        tokenizer: path or id of the published tokeniser, where it is a file of its own.
+        options: of the kind's ``from_original``, where a published checkpoint does not tell all.
 
     Raises:
-        CheckpointError: an unknown kind, a kind without shipped weights, or a folder of another kind.
+        CheckpointError: an unknown kind or option, a kind without shipped weights, files that are missing, truncated or
+            of another kind or layout; names and shapes that do not fit are listed in full.
     """
-    if kind not in TEACHERS:
-        raise CheckpointError(f"teacher kind: expected one of {', '.join(TEACHERS)}, got {kind!r}")
-    folder = SHIPPED / kind if path is None else Path(path)
-    if path is None and not folder.is_dir():
-        raise CheckpointError(f"teacher path: kind {kind!r} ships no weights, give the folder of a teacher")
+    if str(kind_or_path) not in TEACHERS:
+        folder = locate(kind_or_path, PATTERNS)
+        if path is not None or not folder.exists():
+            expected = f"one of {', '.join(TEACHERS)}" + ("" if path is not None else ", or a folder written by dimo")
+            raise CheckpointError(f"teacher kind: expected {expected}, got {str(kind_or_path)!r}")
+        return _from_folder(folder, None, tokenizer, options)
+    cls = TEACHERS[str(kind_or_path)]
+    if path is None:
+        return _from_folder(_shipped(cls.kind), cls, tokenizer, options)
+    source = locate(path, cls.hub_patterns + PATTERNS)
+    if cls.published and not source.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; `dimo convert` writes one from a published checkpoint, see docs/teachers"
+        )
+    if not cls.published or _is_ours(source):
+        return _from_folder(source, cls, tokenizer, options)
+    _check_options(cls, options)
+    return cls.from_original(source, tokenizer=tokenizer, **options).eval().requires_grad_(False)
+
+
+def model_folder(name: str | os.PathLike) -> Path:
+    """Return the folder of shipped weights if ``name`` is a teacher's kind, else the path or Hugging Face id."""
+    return SHIPPED / name if str(name) in TEACHERS else locate(name, PATTERNS)
+
+
+def _shipped(kind: str) -> Path:
+    if not (SHIPPED / kind).is_dir():
+        raise CheckpointError(f"teacher path: kind {kind!r} ships no weights, give a folder or a published checkpoint")
+    return SHIPPED / kind
+
+
+def _from_folder(folder: Path, cls: type[Teacher] | None, tokenizer: Any, options: dict[str, Any]) -> Teacher:
+    """Load a folder that dimo wrote; all that a published checkpoint may lack is inside."""
+    if cls is None and folder.is_file():
+        raise CheckpointError(f"{folder}: a published checkpoint needs its kind: one of {', '.join(TEACHERS)}")
     model, config = load_model(folder)
-    if config["kind"] != kind:
-        raise CheckpointError(f"{folder}: expected a teacher of kind {kind!r}, got {config['kind']!r}")
+    if cls is not None and config["kind"] != cls.kind:
+        raise CheckpointError(f"{folder}: expected a teacher of kind {cls.kind!r}, got {config['kind']!r}")
+    given = [*options, *(["tokenizer"] if tokenizer is not None else [])]
+    if given:
+        raise CheckpointError(f"{given[0]}: belongs to a published checkpoint, {folder} holds its own")
     return model
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder was written by dimo."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("format", "")).startswith("dimo.")
+
+
+def _check_options(cls: type[Teacher], options: dict[str, Any]) -> None:
+    valid = [name for name in inspect.signature(cls.from_original).parameters if name not in ("path", "tokenizer")]
+    for name in options:
+        if name not in valid:
+            expected = f"one of {', '.join(valid)}" if valid else "none"
+            raise CheckpointError(f"teacher {name}: no option of kind {cls.kind!r}, expected {expected}")
 
 
 def _get(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else config
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from None
-
-
-def _load_state(module: nn.Module, state: dict[str, Tensor], source: Path, *, assign: bool = False) -> None:
-    """Copy ``state`` into ``module`` (``assign``: replace its parameters); every name that does not fit is listed."""
-    own = module.state_dict()
-    problems = [f"missing {n}" for n in own if n not in state] + [f"unexpected {n}" for n in state if n not in own]
-    problems += [
-        f"{n} has shape {list(state[n].shape)}, expected {list(own[n].shape)}"
-        for n in own if n in state and state[n].shape != own[n].shape
-    ]  # fmt: skip
-    if problems:
-        raise CheckpointError(f"{source}: does not fit the network: " + "; ".join(problems))
-    # Tensors out of a file may be unaligned, which changes the last bits of results: own copies are aligned.
-    module.load_state_dict({n: t.clone() for n, t in state.items()} if assign else state, assign=assign)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -188,9 +247,9 @@ def load_checkpoint(
     path: str | os.PathLike, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
 ) -> None:
     """Restore modules and optimisers from a file of :func:`save_checkpoint`."""
-    tensors = _read_safetensors(Path(path))
+    tensors = read_safetensors(Path(path))
     for name, module in modules.items():
-        _load_state(module, _below(tensors, name), Path(path))
+        load_exactly(module, _below(tensors, name), Path(path))
     for name, optimizer in optimizers.items():
         states = _below(tensors, name)
         for index, parameter in enumerate(_parameters(optimizer)):

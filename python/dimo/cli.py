@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,39 +15,30 @@ import yaml
 from torch import Tensor
 
 from . import doctor
-from .checkpoint import CheckpointError, load_model, load_teacher, model_folder, save_model, versions
-from .comparison import (
-    Sampler,
-    compare,
-    measure,
-    metrics_document,
-    preview_digits,
-    real_row,
-    row_name,
-    table,
-    teacher_grid,
-)
+from .checkpoint import CheckpointError, fingerprint, load_model, load_teacher, model_folder, save_model, versions
+from .comparison import compare, measure, metrics_document, preview_digits, real_row, table, teacher_grid
 from .config import (
     ConfigError,
+    ConvertConfig,
     DistillConfig,
     EvaluateConfig,
     PretrainConfig,
     SampleConfig,
-    SamplerConfig,
     load_config,
     to_dict,
 )
 from .data.digits import load_digits_split
+from .data.prompts import read_prompts
 from .evaluation import DigitsEvaluator
 from .files import import_extra, prepare_output, write_json, write_text
-from .generator import FORMAT as STUDENT_FORMAT
-from .generator import OneStepGenerator, labels_per_class, sample_keys
+from .generator import OneStepGenerator
+from .memory import device_memory, memory_text, training_memory
 from .page import PAGE, write_page
 from .pretrain import held_out_loss
-from .report import image_grid
 from .runlog import TrainingError
-from .samplers import sample_ancestral, sample_confident, sample_few_steps
-from .teachers import DigitsTeacher, Teacher
+from .sample import make_sampler, preview_images, write_comparison, write_samples
+from .state_dicts import objects_ignored
+from .teachers import TEACHERS, DigitsTeacher, Teacher
 from .trainer import (
     DistillationTrainer,
     Interrupted,
@@ -59,7 +49,6 @@ from .trainer import (
 )
 
 TEACHER_FORMAT = "dimo.teacher"
-_SAMPLE_BATCH = 512
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -87,8 +76,10 @@ def pretrain(config: PretrainConfig) -> None:
 
 def distill(config: DistillConfig) -> None:
     """Distil a teacher into a one-step generator."""
-    device = resolve_device(config.run.device)
-    teacher = load_teacher(config.teacher.kind, config.teacher.path).to(device)
+    device, prompts = resolve_device(config.run.device), _prompts(config)
+    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options()).to(device)
+    if prompts:
+        teacher.attach_prompts(prompts, config.prompts)
     digits = isinstance(teacher, DigitsTeacher)  # the data set that metrics exist for
     if digits:
         for module in ("sklearn.svm", "matplotlib.figure"):
@@ -96,35 +87,54 @@ def distill(config: DistillConfig) -> None:
     output = prepare_output(config.run.output, folders=("student",))
     evaluator = DigitsEvaluator() if digits else None
     trainer = DistillationTrainer(teacher, config)
-    run_training(trainer, config, preview_digits(config, evaluator) if evaluator else None)
+    if evaluator:
+        preview = preview_digits(config, evaluator)
+    else:
+        preview = preview_images(config.method) if teacher.decodes else None
+        if preview is None:
+            print("the teacher has no tokeniser: neither pictures nor texts of this run", file=sys.stderr)
+    run_training(trainer, config, preview)
     write_text(output / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    student = OneStepGenerator(trainer.result, config.method, recipe=to_dict(config))
+    student = OneStepGenerator(trainer.result, config.method, recipe=to_dict(config), provenance=trainer.origin)
     student.save_pretrained(output / "student")
     if evaluator:
         print("sampling teacher and student ...")
         print(f"\n{compare(teacher, student, config, evaluator)}\n")
+    elif teacher.decodes:
+        write_comparison(teacher, student, config.method, output)
     page = write_page(output)
     for path in sorted(p for p in output.iterdir() if not p.name.startswith(".") and p.name != PAGE):
         print(path)
     print(page)
 
 
+def _prompts(config: DistillConfig) -> list[str]:
+    """Return what a text-to-image teacher is trained on, before anything heavy is loaded; [] for other kinds."""
+    cls = TEACHERS.get(config.teacher.kind)
+    if cls is not None and cls.prompted:
+        return read_prompts(config.prompts)
+    if config.prompts.path is not None:
+        raise ConfigError(f"prompts.path: teacher kind {config.teacher.kind!r} takes no prompts")
+    return []
+
+
+def convert(config: ConvertConfig) -> None:
+    """Write a published checkpoint as a folder of safetensors and config.json; code inside pickles is never run."""
+    output = Path(config.output)
+    with objects_ignored():
+        model = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
+    prepare_output(output.parent, folders=(output.name,))
+    provenance = {"converted": to_dict(config.teacher), "weights": fingerprint(model)}
+    if config.student:
+        OneStepGenerator(model, config.sampling, provenance=provenance).save_pretrained(output)
+    else:
+        save_model(output, model, TEACHER_FORMAT, provenance=provenance)
+    print(output)
+
+
 def sample(config: SampleConfig) -> None:
     """Draw samples from a teacher or a one-step student."""
-    import_extra("matplotlib.figure", "a picture")
-    device, target = resolve_device(config.device), Path(config.output)
-    model, entries = load_model(model_folder(config.model))
-    if not isinstance(model, DigitsTeacher):
-        raise ConfigError(f"model: expected one whose tokens can be shown as pictures, got kind {model.kind!r}")
-    prepare_output(target.parent, files=(target.name,))
-    labels = labels_per_class(model.num_classes, config.per_class).to(device)
-    keys = sample_keys(config.seed, len(labels), device=device)
-    draw = _sampler(model.to(device), entries, config).draw
-    parts = zip(labels.split(_SAMPLE_BATCH), keys.split(_SAMPLE_BATCH), strict=True)
-    images = model.decode(torch.cat([draw(label, key).cpu() for label, key in parts]))
-    images = images[:, 0].unflatten(0, (model.num_classes, config.per_class))
-    image_grid(images, target, [str(c) for c in range(model.num_classes)])
-    print(target)
+    print(write_samples(config))
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -136,44 +146,13 @@ def evaluate(config: EvaluateConfig) -> None:
     if not isinstance(model, DigitsTeacher):
         raise ConfigError(f"model: expected one of kind 'digits', which has metrics, got kind {model.kind!r}")
     prepare_output(target.parent, files=(target.name,))
-    sampler, evaluator = _sampler(model.to(device), entries, config), DigitsEvaluator()
+    sampler, evaluator = make_sampler(model.to(device), entries, config), DigitsEvaluator()
     print(f"{sampler.name}: sampling with {config.seeds} seed{'s' if config.seeds > 1 else ''} ...", flush=True)
     seeds = range(config.seed, config.seed + config.seeds)
     rows = [real_row(evaluator, config.reference), measure(sampler, evaluator, config.reference, device, seeds)]
     document = metrics_document(rows, config, evaluator, config.reference)
     write_json(target, document)
     print(f"\n{table(document)}\n\n{target}")
-
-
-def _sampler(model: Teacher, entries: dict[str, Any], config: SamplerConfig) -> Sampler:
-    """Return the sampler that the model's kind and the configuration ask for; it takes labels and keys."""
-    if entries["format"] == STUDENT_FORMAT:
-        return _student_sampler(OneStepGenerator.from_entries(model, entries, config.model), config)
-    sampler = sample_ancestral if config.sampler == "ancestral" else sample_confident
-    steps, temperature = config.steps or 16, 1.0 if config.temperature is None else config.temperature
-
-    def draw(labels: Tensor, keys: Tensor) -> Tensor:
-        return sampler(
-            model, labels, steps=steps, mask_schedule=config.mask_schedule, guidance_scale=config.guidance_scale,
-            temperature=temperature, key=keys,
-        )  # fmt: skip
-
-    evaluations = steps if sampler is sample_ancestral else min(steps, model.seq_len)
-    calls = 1 if config.guidance_scale == 1.0 else 2
-    return Sampler(row_name("teacher", steps), "teacher", steps, evaluations * calls, draw)
-
-
-def _student_sampler(student: OneStepGenerator, config: SamplerConfig) -> Sampler:
-    steps, sampling = config.steps or 1, student.sampling
-    if config.temperature is not None:
-        sampling = dataclasses.replace(sampling, student_temperature=config.temperature)
-
-    def draw(labels: Tensor, keys: Tensor) -> Tensor:
-        return sample_few_steps(
-            student.model, labels, sampling, steps=steps, mask_schedule=config.mask_schedule, key=keys
-        )
-
-    return Sampler(row_name("student", steps), "student", steps, steps, draw)
 
 
 def report(arguments: list[str]) -> int:
@@ -187,14 +166,30 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def memory(config: DistillConfig) -> None:
+    """Estimate the memory that `dimo distill` needs with this configuration, before anything is trained."""
+    device = resolve_device(config.run.device)
+    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
+    print(memory_text(training_memory(teacher, config), device, device_memory(device)))
+
+
+def diagnose(arguments: list[str]) -> int:
+    """Show the machine and the build, or with --config what a distillation needs of the machine."""
+    if any(argument.split("=")[0] == "--config" for argument in arguments):
+        memory(_parse("doctor", DistillConfig, arguments))
+        return 0
+    return doctor.main(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "pretrain": (pretrain, PretrainConfig),
     "distill": (distill, DistillConfig),
+    "convert": (convert, ConvertConfig),
     "sample": (sample, SampleConfig),
     "evaluate": (evaluate, EvaluateConfig),
 }
 
-_PLAIN: dict[str, Callable[[list[str]], int]] = {"report": report, "doctor": doctor.main}  # without a configuration
+_PLAIN: dict[str, Callable[[list[str]], int]] = {"report": report, "doctor": diagnose}  # without a configuration
 
 _USAGE = """usage: dimo COMMAND [--config FILE.yaml] [--key.name VALUE ...]
 
@@ -203,6 +198,7 @@ Distil masked diffusion models into one-step generators.
 commands:
   pretrain   {pretrain}
   distill    {distill}
+  convert    {convert}
   sample     {sample}
   evaluate   {evaluate}
   report     {report}
@@ -258,7 +254,8 @@ def _parse(command: str, cls: type, arguments: list[str]) -> Any:
     known, rest = first.parse_known_args(arguments)
     if len(known.config) > 1:
         raise ConfigError(f"--config: expected one file, got {', '.join(known.config)}")
-    description = f"{_COMMANDS[command][0].__doc__} --config FILE.yaml fills the keys below, flags override it."
+    summary = memory.__doc__ if command == "doctor" else _COMMANDS[command][0].__doc__
+    description = f"{summary} --config FILE.yaml fills the keys below, flags override it."
     prog = f"dimo {command}"
     if not known.config:
         return tyro.cli(cls, args=rest, prog=prog, description=description)

@@ -130,7 +130,7 @@ def _samplers(teacher: Teacher, student: OneStepGenerator, config: DistillConfig
     method = config.method
 
     def ancestral(steps: int) -> Draw:
-        return lambda labels, key: sample_ancestral(teacher, labels, steps=steps, **_teacher_sampling(method), key=key)
+        return lambda labels, key: sample_ancestral(teacher, labels, steps=steps, **teacher_sampling(method), key=key)
 
     def refined(steps: int) -> Draw:
         schedule = _sampling_schedule(method.mask_schedule)
@@ -147,7 +147,8 @@ def _samplers(teacher: Teacher, student: OneStepGenerator, config: DistillConfig
     ]
 
 
-def _teacher_sampling(method: MethodConfig) -> dict[str, Any]:
+def teacher_sampling(method: MethodConfig) -> dict[str, Any]:
+    """Return how a distillation's teacher samples: with its guidance, along the schedule of its mask ratios."""
     return {
         "mask_schedule": _sampling_schedule(method.mask_schedule),
         "guidance_scale": method.guidance_scale,
@@ -190,7 +191,7 @@ def _reveal(teacher: Teacher, method: MethodConfig) -> Tensor:
     """The states of one ancestral sampling a class, ``[10, steps + 1, 64]``; [MASK] as the teacher writes it."""
     labels = torch.arange(NUM_CLASSES, device=teacher.device)
     keys = sample_keys(_SAMPLING_SEED, NUM_CLASSES, device=teacher.device)
-    states = ancestral_states(teacher, labels, steps=_REVEAL_STEPS, **_teacher_sampling(method), key=keys)
+    states = ancestral_states(teacher, labels, steps=_REVEAL_STEPS, **teacher_sampling(method), key=keys)
     return torch.stack(list(states), 1)
 
 

@@ -95,7 +95,18 @@ class RunConfig:
     steps: int = 1000
     """Training steps."""
     batch_size: int = 64
-    """Samples a step."""
+    """Samples a forward pass."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are averaged into one update: a step sees batch_size times as many samples."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """"bfloat16" evaluates the networks under autocast; trained weights, averages and optimisers stay float32."""
+    compile: bool = False
+    """Run the networks' layers through torch.compile: the first step takes a minute, the others less time."""
+    cuda_graph: bool = False
+    """Record a distillation step on a GPU once and replay it: faster where launching kernels takes longer than they
+    do, in small networks and batches. Its memory stays taken."""
+    activation_checkpointing: bool = False
+    """Recompute the layers' activations in the backward pass: less memory, about a third more time."""
     seed: int = 0
     """Seed of every random choice of the run."""
     ema_decay: float = 0.99
@@ -113,7 +124,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.output.strip()), "output", "the path of a folder", self.output)
-        for name in ("steps", "batch_size", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "save_every"):
             _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
         _check(self.preview_every >= 0, "preview_every", "an integer >= 0", self.preview_every)
         _check_seed(self.seed)
@@ -142,6 +153,7 @@ class PretrainConfig:
     """Of the cross-entropy, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        _check(not self.run.cuda_graph, "run.cuda_graph", "false: pretraining seeds dropout anew each step", True)
         _check_schedule(self.mask_schedule)
         _check(0 <= self.condition_dropout < 1, "condition_dropout", "a number in [0, 1)", self.condition_dropout)
         _check(0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)", self.label_smoothing)
@@ -154,7 +166,56 @@ class TeacherConfig:
     kind: str = "digits"
     """Its kind; "digits" ships with the package."""
     path: str | None = None
-    """Folder with model.safetensors and config.json; None = the weights that ship with the package."""
+    """A folder written by dimo or a checkpoint as its authors published it, or the Hugging Face id of one; None = the
+    weights that ship with the package."""
+    tokenizer: str | None = None
+    """The published tokeniser, where it is a file of its own: path or Hugging Face id."""
+    heads: int | None = None
+    """Attention heads of a published checkpoint whose file does not tell; None = those of the published sizes."""
+    seq_len: int | None = None
+    """Length of the texts of a text model; None = its own."""
+    grid_size: int | None = None
+    """Tokens along a side of a text-to-image model's pictures; None = its own."""
+    text_encoder: str | None = None
+    """Folder or Hugging Face id with text_encoder and tokenizer, where they do not lie beside the transformer."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None = the empty prompt."""
+    long_prompts: Literal["truncate", "error"] | None = None
+    """Prompts of more tokens than the text encoder has positions: None = truncate them with a notice."""
+    micro_conditions: tuple[float, float, float, float, float] | None = None
+    """Width, height, crop top, crop left, aesthetic score; None = an uncropped picture of the model's size, score 6."""
+    timestep: Literal["mask_ratio", "scaled_mask_ratio", "zero"] | None = None
+    """What Meissonic gets as its time; zero is what Di[M]O's released one-step weights need. None = mask_ratio."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "seq_len", "grid_size"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "None or an integer >= 1", value)
+
+    def options(self) -> dict[str, Any]:
+        """Return what is set besides kind and path: arguments of :func:`dimo.load_teacher` by name."""
+        return {k: v for k, v in to_dict(self).items() if k not in ("kind", "path") and v is not None}
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """The prompts that a text-to-image student is trained on."""
+
+    path: str | None = None
+    """A text file (a prompt a line), a .csv or .jsonl file, or the folder or Hugging Face id of a data set."""
+    column: str = "text"
+    """Column of a .csv, .jsonl or data set."""
+    split: str = "train"
+    """Split of a data set."""
+    limit: int | None = None
+    """Use the first so many; None = all."""
+    cache: str | None = None
+    """Folder of the encoded prompts, each encoded once; None = ~/.cache/dimo/prompts."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of the encoded prompts on disk: 155 KiB a prompt in half precision for 77 tokens of 1,024 channels."""
+
+    def __post_init__(self) -> None:
+        _check(self.limit is None or self.limit >= 1, "limit", "None or an integer >= 1", self.limit)
 
 
 @dataclass(frozen=True)
@@ -242,6 +303,7 @@ class DistillConfig:
 
     run: RunConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     student: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=5e-4, betas=(0.5, 0.99)))
     auxiliary: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1.5e-3, betas=(0.5, 0.99)))
@@ -249,13 +311,35 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """`dimo convert`: write a published checkpoint as a folder of safetensors and config.json."""
+
+    output: str
+    """The folder to write."""
+    teacher: TeacherConfig
+    """The checkpoint: kind, path, tokeniser."""
+    student: bool = False
+    """The weights are a one-step generator's: write them as a student, with the settings below."""
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(r_init=0.6, embedding_noise=0.1, embedding_noise_scale="unit")
+    )
+    """How the student samples; these are the settings of Di[M]O's released MaskGIT generator."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.output.strip()), "output", "the path of a folder", self.output)
+        _check(self.teacher.path is not None, "teacher.path", "a published checkpoint", self.teacher.path)
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """A model and how it samples: what `dimo sample` and `dimo evaluate` share."""
 
     model: str = "digits"
-    """Folder of a student or teacher (model.safetensors, config.json), or "digits" for the shipped teacher."""
-    sampler: Literal["ancestral", "confident"] = "ancestral"
-    """How a teacher reveals tokens."""
+    """Folder or Hugging Face id of a student or teacher (model.safetensors, config.json), or "digits" for the shipped
+    teacher."""
+    sampler: Literal["ancestral", "confident", "halton", "amused", "mdlm"] = "ancestral"
+    """How a teacher reveals tokens: at random, the most confident first, along a Halton sequence, most confident first
+    with the numbers of aMUSEd and Meissonic, or as MDLM (at random, in few evaluations)."""
     steps: int | None = None
     """Sampling steps; None = 16 for a teacher, 1 for a student. A student masks again and re-draws in further steps."""
     mask_schedule: str = "arccos"
@@ -281,18 +365,42 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Settings to try: every combination is a row of the grid, with the same seeds."""
+
+    guidance_scale: tuple[float, ...] = ()
+    """Guidance of a teacher."""
+    temperature: tuple[float, ...] = ()
+    """Temperatures."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps."""
+
+
+@dataclass(frozen=True)
 class SampleConfig(SamplerConfig):
     """`dimo sample`: draw samples from a teacher or a one-step student."""
 
     output: str = "samples.png"
-    """The picture: a grid, one row a class."""
+    """A .png: one grid, a row a class or prompt; else a folder, a .png a sample, named by seed and class or prompt. For
+    texts a .jsonl or a folder."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of a text-to-image model; none, and no file of them: ten examples."""
+    prompts_file: str | None = None
+    """A file of prompts: text, a prompt a line, or a .csv or .jsonl with a column "text"."""
+    classes: tuple[int, ...] = ()
+    """Class numbers; none = every class, or ten spread over more."""
     per_class: int = 16
-    """Samples a class."""
+    """Samples a class or prompt, or texts; the n-th of all is drawn with seed + n."""
+    batch_size: int = 64
+    """Samples at a time; it changes none of them."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.output.endswith(".png"), "output", "a path that ends in .png", self.output)
-        _check(self.per_class >= 1, "per_class", "an integer >= 1", self.per_class)
+        other = Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+        _check(bool(self.output.strip()) and not other, "output", "a path that ends in .png, or a folder", self.output)
+        for name in ("per_class", "batch_size"):
+            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
 
 
 @dataclass(frozen=True)

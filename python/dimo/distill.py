@@ -41,16 +41,19 @@ class StudentLoss(NamedTuple):
 
 def draw_from_student(student: Teacher, condition: Condition, sampling: SamplingConfig, key: Tensor) -> StudentDraw:
     """x_init → student logits → x_student ~ softmax(logits / τ), each position on its own."""
-    x_init = dimo_ext.init_tokens(
-        condition_size(condition), student.seq_len, vocab_size=student.vocab_size, mask_id=student.mask_id,
-        r_init=sampling.r_init, key=dimo_ext.fold_in(key, 0),
-    )  # fmt: skip
-    logits = student.logits(
-        x_init, condition, mask_ratio=torch.full((x_init.shape[0],), sampling.r_init, device=x_init.device),
-        embedding_noise=sampling.embedding_noise, embedding_noise_scale=sampling.embedding_noise_scale,
-        key=dimo_ext.fold_in(key, 1),
-    )  # fmt: skip
-    drawn = dimo_ext.sample_categorical(logits, temperature=sampling.student_temperature, key=dimo_ext.fold_in(key, 2))
+    with phase("student forward"):
+        x_init = dimo_ext.init_tokens(
+            condition_size(condition), student.seq_len, vocab_size=student.vocab_size, mask_id=student.mask_id,
+            r_init=sampling.r_init, key=dimo_ext.fold_in(key, 0),
+        )  # fmt: skip
+        logits = student.logits(
+            x_init, condition, mask_ratio=torch.full((x_init.shape[0],), sampling.r_init, device=x_init.device),
+            embedding_noise=sampling.embedding_noise, embedding_noise_scale=sampling.embedding_noise_scale,
+            key=dimo_ext.fold_in(key, 1),
+        )  # fmt: skip
+    with phase("draws"):
+        key = dimo_ext.fold_in(key, 2)
+        drawn = dimo_ext.sample_categorical(logits, temperature=sampling.student_temperature, key=key)
     return StudentDraw(logits, drawn.tokens)
 
 
@@ -62,12 +65,12 @@ def student_loss(
     dL/dθ ≈ Σ_{i masked} ∂D(p_i ‖ q_i)/∂z_ψ,i · ∂z_θ,i/∂θ, summed over tokens, divided by the batch. Teacher and
     auxiliary see the same tokens and get no gradient.
     """
-    with phase("student forward"):
-        draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
-    with torch.no_grad(), phase("masking and teacher"):
+    draw = draw_from_student(student, condition, method, dimo_ext.fold_in(key, 0))
+    with torch.no_grad(), phase("masking"):
         ratio = mask_ratio(method.mask_schedule, random_uniform(dimo_ext.fold_in(key, 1), draw.tokens.shape[0]))
         tokens = _valid_ids(draw.tokens)
         masked = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=dimo_ext.fold_in(key, 2))
+    with torch.no_grad(), phase("teacher"):
         target = guided_logits(teacher, masked.tokens, condition, method.guidance_scale, mask_ratio=ratio)
     reused = torch.is_grad_enabled() and not method.fresh_auxiliary_batch
     with torch.set_grad_enabled(reused), phase("auxiliary forward"):
@@ -88,7 +91,9 @@ def auxiliary_loss(
 ) -> Tensor:
     """Cross-entropy of the auxiliary against the student's tokens at freshly masked positions (scalar, mean)."""
     tokens_BL = _valid_ids(tokens_BL)
-    return masked_token_loss(auxiliary, tokens_BL, condition, method.mask_schedule, key, method.label_smoothing)
+    return masked_token_loss(
+        auxiliary, tokens_BL, condition, method.mask_schedule, key, method.label_smoothing, name="auxiliary"
+    )
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import dimo_ext
 
 from .config import ConfigError
 
-SUMMARY = "Show what was built, what serves which device and why not, versions, memory."
-_PACKAGES = ("torch", "numpy", "safetensors", "tyro", "scikit-learn", "matplotlib", "tensorboard")
+SUMMARY = "Show what was built, what serves which device and why not, versions; with --config the memory a run needs."
+_PACKAGES = ("torch", "numpy", "safetensors", "tyro", "scikit-learn", "matplotlib", "tensorboard", "huggingface_hub")
 
 
 def diagnose() -> dict[str, Any]:
@@ -30,11 +30,11 @@ def diagnose() -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Print the diagnosis as text, or as JSON with ``--json``."""
     if arguments in (["-h"], ["--help"]):
-        print(f"usage: dimo doctor [--json]\n\n{SUMMARY}")
+        print(f"usage: dimo doctor [--json]\n       dimo doctor --config FILE.yaml [--key.name VALUE ...]\n\n{SUMMARY}")
         return 0
     unknown = [a for a in arguments if a != "--json"]
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]!r}: dimo doctor takes --json or nothing")
+        raise ConfigError(f"unknown argument {unknown[0]!r}: dimo doctor takes --json, --config FILE or nothing")
     report = diagnose()
     print(json.dumps(report, indent=2) if arguments else _as_text(report))
     return 0

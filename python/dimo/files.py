@@ -123,12 +123,12 @@ def prepare_output(folder: str | os.PathLike, *, files: Sequence[str] = (), fold
     return folder
 
 
-def import_extra(module: str, purpose: str) -> ModuleType:
-    """Import a module of the extra ``dimo-ext[train]``; ImportError says what needs it and how to get it."""
+def import_extra(module: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Import a module of an extra of dimo-ext; ImportError says what needs it and how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         if error.name is not None and not module.startswith(error.name.split(".")[0]):
             raise  # the module is there, something below it is broken
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise ImportError(f"{purpose} needs {package}: pip install 'dimo-ext[train]'") from None
+        raise ImportError(f"{purpose} needs {package}: pip install 'dimo-ext[{extra}]'") from None

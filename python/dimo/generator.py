@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import dimo_ext
 
-from .checkpoint import CheckpointError, load_model, save_model
+from .checkpoint import PATTERNS, CheckpointError, load_model, save_model
 from .config import ConfigError, SamplingConfig, from_dict
-from .samplers import sample_one_step
+from .files import import_extra
+from .pictures import to_pil
+from .samplers import sample_few_steps
+from .state_dicts import locate
 from .teachers import Teacher
 from .teachers.base import Condition
 
@@ -24,33 +29,58 @@ _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 class OneStepGenerator:
     """A distilled student with the settings that it samples with.
 
-    The folder of :meth:`save_pretrained` holds ``model.safetensors`` and ``config.json``: format and version, the
-    teacher's kind, network sizes, ``sampling`` (r_init, embedding noise and its scale, temperature), the whole training
-    ``recipe`` and the versions it ran with.
+    The folder of :meth:`save_pretrained` holds ``model.safetensors``, the tokeniser's ``tokenizer.safetensors`` and
+    ``config.json``: format and version, the teacher's kind, sizes of network and tokeniser, ``sampling`` (r_init,
+    embedding noise and its scale, temperature), the whole training ``recipe``, the ``provenance`` of the weights and
+    the versions it ran with.
     """
 
-    def __init__(self, model: Teacher, sampling: SamplingConfig, recipe: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Teacher,
+        sampling: SamplingConfig,
+        recipe: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.sampling = SamplingConfig(**{name: getattr(sampling, name) for name in _SAMPLING})
-        self.recipe = recipe or {}
+        self.recipe, self.provenance = recipe or {}, provenance or {}
 
-    def __call__(self, condition: Condition, *, key: Tensor, temperature: float | None = None) -> Any:
-        """Return decoded samples (images float ``[B, C, H, W]`` in [0, 1], or texts); see :meth:`tokens`."""
-        return self.model.decode(self.tokens(condition, key=key, temperature=temperature))
-
-    def tokens(self, condition: Condition, *, key: Tensor, temperature: float | None = None) -> Tensor:
-        """Return tokens int64 ``[B, L]`` in one network evaluation.
+    def __call__(
+        self,
+        condition: Condition,
+        *,
+        key: Tensor,
+        temperature: float | None = None,
+        few_steps: int = 1,
+        output: Literal["tensor", "pil"] = "tensor",
+    ) -> Any:
+        """Return decoded samples; see :meth:`tokens` for the other arguments.
 
         Args:
-            condition: a pytree with leading batch dimension B; class ids int64 ``[B]`` for MaskGIT kinds.
+            output: "tensor" for images float ``[B, C, H, W]`` in [0, 1] (or texts), "pil" for a list of Pillow images.
+        """
+        if output not in ("tensor", "pil"):
+            raise ValueError(f"output: expected one of tensor, pil, got {output!r}")
+        decoded = self.model.decode(self.tokens(condition, key=key, temperature=temperature, few_steps=few_steps))
+        return to_pil(decoded) if output == "pil" else decoded
+
+    def tokens(
+        self, condition: Condition, *, key: Tensor, temperature: float | None = None, few_steps: int = 1
+    ) -> Tensor:
+        """Return tokens int64 ``[B, L]``, in one network evaluation unless ``few_steps`` asks for more.
+
+        Args:
+            condition: what the model's kind takes: class ids, a list or int64 ``[B]``, for images by class.
             key: from :func:`dimo_ext.random_key`, ``[2]`` or ``[B, 2]``.
             temperature: divides the logits, >= 0, 0 takes the most probable token; None = the one the student was saved
                 with.
+            few_steps: network evaluations; each after the first draws anew what :func:`dimo.sample_few_steps` masks.
         """
         sampling = self.sampling
         if temperature is not None:
             sampling = dataclasses.replace(sampling, student_temperature=temperature)
-        return sample_one_step(self.model, condition, sampling, key=key)
+        return sample_few_steps(self.model, self.model.condition(condition), sampling, steps=few_steps, key=key)
 
     def to(self, device: torch.device | str) -> OneStepGenerator:
         """Move the network to ``device`` and return self."""
@@ -59,16 +89,37 @@ class OneStepGenerator:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the generator as a folder, atomically; an older one there is replaced."""
-        save_model(folder, self.model, FORMAT, sampling=dataclasses.asdict(self.sampling), recipe=self.recipe)
+        entries = {"recipe": self.recipe, "provenance": self.provenance}
+        save_model(folder, self.model, FORMAT, sampling=dataclasses.asdict(self.sampling), **entries)
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes to a Hugging Face repository, made if it is not there.
+
+        Args:
+            repository: "organisation/name"; `hf auth login` or HF_TOKEN gives the right to write there.
+            private: of a repository that is made.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: huggingface_hub is not installed; its own errors pass through.
+        """
+        hub = import_extra("huggingface_hub", "push_to_hub", extra="hub")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "generator"
+            self.save_pretrained(folder)
+            hub.create_repo(repository, private=private, exist_ok=True)
+            return str(hub.upload_folder(repo_id=repository, folder_path=folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu") -> OneStepGenerator:
-        """Load a folder of :meth:`save_pretrained`.
+        """Load a folder of :meth:`save_pretrained`, or a Hugging Face repository of :meth:`push_to_hub`.
 
         Raises:
             CheckpointError: missing, truncated or of another format; the message names the file.
         """
-        return cls.from_entries(*load_model(folder), folder).to(device)
+        return cls.from_entries(*load_model(locate(folder, PATTERNS)), folder).to(device)
 
     @classmethod
     def from_entries(cls, model: Teacher, entries: dict[str, Any], source: str | os.PathLike) -> OneStepGenerator:
@@ -82,7 +133,7 @@ class OneStepGenerator:
             sampling = from_dict(SamplingConfig, stored)
         except ConfigError as error:
             raise CheckpointError(f"{source}: unusable sampling settings: {error}") from None
-        return cls(model, sampling, entries.get("recipe"))
+        return cls(model, sampling, entries.get("recipe"), entries.get("provenance"))
 
 
 def labels_per_class(num_classes: int, per_class: int) -> Tensor:

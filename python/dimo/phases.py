@@ -27,6 +27,16 @@ def phase(name: str) -> Iterator[None]:
             clock.leave(name, start)
 
 
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Leave a block of a training step out of the times: it may not wait for the device."""
+    token = _clock.set(None)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
 class PhaseClock:
     """Times the phases of the steps that run inside :meth:`step`; only those wait for the device."""
 

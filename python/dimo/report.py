@@ -1,4 +1,4 @@
-"""What a run shows: sample grids, a comparison picture, loss curves, tables. Files are replaced atomically.
+"""What a run shows: a comparison picture, loss curves, tables. Files are replaced atomically.
 
 A run's web page is made in page/.
 
@@ -42,38 +42,12 @@ CURVES: dict[str, str] = {
 
 _LEADING_COLUMNS = {"network_evaluations": "network evaluations", "images_per_second": "images/s"}
 _BACKGROUND, _INK, _MUTED, _ACCENT = "#0d1117", "#f4f5f7", "#9198a1", "#3b6fd4"
+COMPARISON = "comparison.png"
+"""The picture of teacher and student in a run's folder."""
 MASK = VOCAB_SIZE  # the id of [MASK]
 _MASK_COLOR = (86, 110, 190)
 _GAP = 2  # pixels between the images of a grid
 _INLINE_SCALE = 5  # device pixels a pixel of a digit
-
-
-def image_grid(
-    images: Tensor | ArrayLike,
-    path: str | os.PathLike[str],
-    row_labels: Sequence[str] | None = None,
-    title: str | None = None,
-) -> None:
-    """Draw grey images [rows, cols, H, W] in [0, 1], 1 = white, as one PNG, with a label before each row.
-
-    Raises ValueError for another shape or a number of labels other than `rows`.
-    """
-    canvas = _tile(images, "images")
-    rows = np.shape(images)[0]
-    if row_labels is not None and len(row_labels) != rows:
-        raise ValueError(f"row_labels must hold {rows} labels, not {len(row_labels)}")
-    scale, left, top, border = 0.05, 0.6 if row_labels else 0.2, 0.5 if title else 0.2, 0.2  # inches; scale per pixel
-    width, height = left + canvas.shape[1] * scale + border, top + canvas.shape[0] * scale + border
-    figure = _new_figure(width, height, _BACKGROUND)
-    axes = figure.add_axes(
-        (left / width, border / height, canvas.shape[1] * scale / width, canvas.shape[0] * scale / height)
-    )
-    _show(axes, canvas)
-    if row_labels is not None:
-        _label_rows(axes, row_labels, np.shape(images)[2])
-    if title:
-        axes.set_title(title, color=_INK, fontsize=13)
-    _save(figure, path)
 
 
 def comparison_figure(columns: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -83,7 +57,7 @@ def comparison_figure(columns: Mapping[str, Tensor], path: str | os.PathLike[str
     line of a title is printed large, a second one ("1 network evaluation") small below it. Raises ValueError for
     another shape.
     """
-    canvases = [_tile(_digit_images(tokens, title), title) for title, tokens in columns.items()]
+    canvases = [_tile(_digit_images(tokens, title)) for title, tokens in columns.items()]
     if len({canvas.shape for canvas in canvases}) != 1:
         raise ValueError(f"columns must hold one or more panels of equal shape, not {[c.shape for c in canvases]}")
     rows, cols = canvases[0].shape
@@ -176,12 +150,9 @@ def _palette() -> np.ndarray:
     return np.hstack([colors.round(), np.full((VOCAB_SIZE + 1, 1), 255)]).astype(np.uint8)
 
 
-def _tile(images: Tensor | ArrayLike, name: str) -> np.ndarray:
+def _tile(images: np.ndarray) -> np.ndarray:
     """Images [rows, cols, H, W] → one image [rows·(H + gap) − gap, cols·(W + gap) − gap], the gaps 0."""
-    array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images, dtype=np.float32)
-    if array.ndim != 4 or not array.size:
-        raise ValueError(f"{name} must have shape [rows, cols, H, W], none 0, not {list(array.shape)}")
-    padded = np.pad(array, ((0, 0), (0, 0), (0, _GAP), (0, _GAP)))
+    padded = np.pad(images, ((0, 0), (0, 0), (0, _GAP), (0, _GAP)))
     rows, cols, height, width = padded.shape
     return padded.transpose(0, 2, 1, 3).reshape(rows * height, cols * width)[:-_GAP, :-_GAP]
 

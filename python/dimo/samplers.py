@@ -1,13 +1,16 @@
 """Samplers: flat functions that take a model; every draw is a pure function of ``key``.
 
-Each returns int64 tokens ``[B, L]`` without [MASK]. ``key`` is int64 ``[2]``, or ``[B, 2]`` with one key a sample:
+Each returns int64 tokens ``[B, L]`` without [MASK] and decides nothing by them on the host, so that a whole loop goes
+into a CUDA graph. ``key`` is int64 ``[2]``, or ``[B, 2]`` with one key a sample:
 then a sample does not depend on the batch that it is drawn in.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from dimo_ext.philox import Tag, random_words, uniform
 from .config import SamplingConfig
 from .distill import draw_from_student
 from .guidance import guided_logits
-from .schedules import sampling_ratios
+from .schedules import halton_order, sampling_ratios
 from .teachers.base import Condition, Teacher, condition_size
 
 
@@ -64,9 +67,9 @@ def sample_few_steps(
     tokens = sample_one_step(student, condition, sampling, key=key)
     for step in range(1, steps):
         ratio, step_key = ratios[step].item(), dimo_ext.fold_in(key, 2 + step)  # 0 to 2 are the first step's
-        masked = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=step_key)
-        drawn = _draw(student, masked.tokens, condition, ratio, 1.0, sampling.student_temperature, step_key).tokens
-        tokens = torch.where(masked.mask, drawn, tokens)
+        tokens = dimo_ext.mask_tokens(tokens, ratio, student.mask_id, key=step_key).tokens
+        draw = draw_at(student, tokens, condition, ratio, 1.0, sampling.student_temperature, step_key)
+        tokens = dimo_ext.reveal_ancestral(tokens=tokens, probability=1.0, mask_id=student.mask_id, **draw)
     return tokens
 
 
@@ -115,17 +118,13 @@ def ancestral_states(
     The first state is all [MASK], the last one holds none.
     """
     ratios = sampling_ratios(mask_schedule, steps)
-    tokens, batch = _all_masked(model, condition), condition_size(condition)
+    tokens = all_masked(model, condition)
     yield tokens
     for step in range(steps):
         r_t, r_s = ratios[step].item(), ratios[step + 1].item()
-        step_key = dimo_ext.fold_in(key, step)
-        drawn = _draw(model, tokens, condition, r_t, guidance_scale, temperature, step_key).tokens
-        reveal = tokens == model.mask_id
-        if step < steps - 1:
-            words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
-            reveal &= uniform(words) < (r_t - r_s) / r_t
-        tokens = torch.where(reveal, drawn, tokens)
+        draw = draw_at(model, tokens, condition, r_t, guidance_scale, temperature, dimo_ext.fold_in(key, step))
+        probability = (r_t - r_s) / r_t if step < steps - 1 else 1.0
+        tokens = dimo_ext.reveal_ancestral(tokens=tokens, probability=probability, mask_id=model.mask_id, **draw)
         yield tokens
 
 
@@ -154,32 +153,74 @@ def sample_confident(
     """
     if temperature == 0.0:
         raise ValueError("temperature: expected a number > 0, got 0: greedy draws are all equally confident")
-    tokens, batch = _all_masked(model, condition), condition_size(condition)
-    ratios, remaining = sampling_ratios(mask_schedule, steps), model.seq_len
+    tokens, ratios, remaining = all_masked(model, condition), sampling_ratios(mask_schedule, steps), model.seq_len
     for step in range(steps):
         left = min(round(ratios[step + 1].item() * model.seq_len), remaining - 1) if step < steps - 1 else 0
-        step_key = dimo_ext.fold_in(key, step)
-        drawn = _draw(model, tokens, condition, ratios[step].item(), guidance_scale, temperature, step_key)
-        words = random_words(step_key, batch, 1, model.seq_len, Tag.REVEAL)
-        noise = -torch.log(-torch.log(uniform(words)))
-        confidence = drawn.log_prob + choice_temperature * (1.0 - (step + 1) / steps) * noise
-        confidence = confidence.masked_fill(tokens != model.mask_id, -torch.inf)
-        chosen = confidence.topk(remaining - left, -1).indices
-        tokens = tokens.scatter(-1, chosen, drawn.tokens.gather(-1, chosen))
+        ratio, step_key = ratios[step].item(), dimo_ext.fold_in(key, step)
+        draw = draw_at(model, tokens, condition, ratio, guidance_scale, temperature, step_key)
+        noise = choice_temperature * (1.0 - (step + 1) / steps)
+        tokens = dimo_ext.reveal_confident(
+            tokens=tokens, count=remaining - left, mask_id=model.mask_id, noise_scale=noise, **draw
+        )
         remaining = left
         if remaining == 0:
             break
     return tokens
 
 
-def _all_masked(model: Teacher, condition: Condition) -> Tensor:
+@torch.no_grad()
+def sample_halton(
+    model: Teacher,
+    condition: Condition,
+    *,
+    steps: int,
+    mask_schedule: str = "arccos",
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    randomize: bool = True,
+    key: Tensor,
+) -> Tensor:
+    """Halton-MaskGIT's decoding (arXiv 2503.17076): reveal along a Halton sequence, which spreads over the image.
+
+    After step i, floor((1 - r)·L) tokens are revealed, always at least one more than before.
+
+    Args:
+        model, condition, steps, mask_schedule, guidance_scale, temperature, key: as in :func:`sample_ancestral`, but it
+            ends as soon as nothing is masked, after L evaluations at most; L is a square.
+        randomize: start each sample's sequence at a random place of it, as published; off: all reveal alike.
+    """
+    side, ratios, tokens = (
+        math.isqrt(model.seq_len),
+        sampling_ratios(mask_schedule, steps),
+        all_masked(model, condition),
+    )
+    if side * side != model.seq_len:
+        raise ValueError(f"model: expected a square grid of tokens, got {model.seq_len}")
+    order = halton_order(side).to(tokens.device).expand(len(tokens), -1)
+    if randomize:
+        words = random_words(dimo_ext.fold_in(key, steps), len(tokens), 1, 1, Tag.REVEAL)
+        start = (uniform(words) * model.seq_len).long()
+        order = order.gather(1, (torch.arange(model.seq_len, device=tokens.device) + start) % model.seq_len)
+    revealed = 0
+    for step in range(min(steps, model.seq_len)):
+        until = max(step + 1, math.floor((1.0 - ratios[step + 1].item()) * model.seq_len))
+        cells = order[:, revealed:until]
+        step_key, ratio = dimo_ext.fold_in(key, step), ratios[step].item()
+        draw = draw_at(model, tokens, condition, ratio, guidance_scale, temperature, step_key)
+        drawn = dimo_ext.sample_categorical(**draw).tokens
+        tokens, revealed = tokens.scatter(1, cells, drawn.gather(1, cells)), until
+    return tokens
+
+
+def all_masked(model: Teacher, condition: Condition) -> Tensor:
+    """Return [MASK] everywhere, int64 ``[B, L]``."""
     shape = (condition_size(condition), model.seq_len)
     return torch.full(shape, model.mask_id, dtype=torch.int64, device=model.device)
 
 
-def _draw(model, tokens, condition, ratio, guidance_scale, temperature, key) -> dimo_ext.CategoricalSample:
+def draw_at(model, tokens, condition, ratio, guidance_scale, temperature, key) -> dict[str, Any]:
+    """Evaluate the model and return what a reveal needs to draw from it."""
     ratio_B = torch.full((tokens.shape[0],), ratio, device=tokens.device)
     logits = guided_logits(model, tokens, condition, guidance_scale, mask_ratio=ratio_B)
-    return dimo_ext.sample_categorical(
-        logits.cond, temperature=temperature, uncond_logits=logits.uncond, guidance_scale=guidance_scale, key=key
-    )
+    guidance = {"uncond_logits": logits.uncond, "guidance_scale": guidance_scale}
+    return {"logits": logits.cond, "temperature": temperature, "key": key} | guidance

@@ -6,6 +6,7 @@ Papers that write the falling form use u → 1 - u; for uniform u, "cosine" and 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -59,3 +60,27 @@ def sampling_ratios(schedule: str, steps: int) -> Tensor:
     if steps < 1:
         raise ValueError(f"steps: expected an integer >= 1, got {steps}")
     return mask_ratio(schedule, torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
+
+
+def halton_order(grid_size: int) -> Tensor:
+    """Order int64 ``[grid_size²]`` in which Halton-MaskGIT reveals the cells of a square grid, row by row numbered.
+
+    Cell k is the first that the points of a Halton sequence (base 2: row, base 3: column) have not met before.
+    Source: arXiv 2503.17076.
+    """
+    cells: dict[int, None] = {}
+    points = itertools.count(1)
+    while len(cells) < grid_size**2:
+        index = next(points)
+        (row, rows), (column, columns) = _radical_inverse(index, 2), _radical_inverse(index, 3)
+        cells.setdefault(row * grid_size // rows * grid_size + column * grid_size // columns)
+    return torch.tensor(list(cells))
+
+
+def _radical_inverse(index: int, base: int) -> tuple[int, int]:
+    """Mirror the digits of ``index`` at the point: a fraction in [0, 1) as numerator and denominator."""
+    numerator, denominator = 0, 1
+    while index:
+        index, digit = divmod(index, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator, denominator

@@ -1,15 +1,15 @@
-"""The training loop: optimisers, EMA, logging, checkpoints. No maths: the losses are in distill.py and pretrain.py."""
+"""The training loop: steps, logging, checkpoints. No maths: the losses are in distill.py and pretrain.py."""
 
 from __future__ import annotations
 
 import copy
-import math
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,24 @@ import dimo_ext
 from dimo_ext.random import random_integers
 
 from .checkpoint import fingerprint, load_checkpoint, read_checkpoint_header, save_checkpoint
-from .config import ConfigError, DistillConfig, OptimizerConfig, PretrainConfig, RunConfig, to_dict
+from .config import ConfigError, DistillConfig, PretrainConfig, RunConfig, to_dict
 from .data.digits import DigitsSplit
-from .distill import StudentLoss, auxiliary_loss, draw_from_student, student_loss
+from .distill import auxiliary_loss, draw_from_student, student_loss
 from .files import prepare_output, remove_leftovers
+from .graph import Recorded
+from .optimizers import Ema, Updater
 from .phases import MEASURED_STEPS, PhaseClock, phase
 from .pretrain import pretrain_loss
 from .runlog import BOARD, LOG, RunLogger
-from .teachers import Teacher
+from .teachers import Condition, Teacher
 
 CHECKPOINT = "checkpoint.safetensors"
 
 # Keys that may differ between a checkpoint's configuration and the one that goes on from it.
-_FREE_KEYS = ("run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard")
+_FREE_KEYS = (
+    "run.output", "run.log_every", "run.save_every", "run.preview_every", "run.device", "run.tensorboard",
+    "run.compile", "run.cuda_graph", "run.activation_checkpointing", "prompts.cache",
+)  # fmt: skip
 
 
 class Interrupted(Exception):  # noqa: N818 - an event that callers handle, not an error
@@ -62,50 +67,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-class Updater:
-    """One network's optimiser: AdamW, warm-up and decay, clipping."""
-
-    def __init__(self, parameters: list[Tensor], config: OptimizerConfig, total_steps: int) -> None:
-        self.config, self.total_steps = config, total_steps
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.learning_rate, config.betas, config.eps, config.weight_decay, fused=True
-        )
-
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of 0-based ``step``: linear warm-up, then constant or cosine to ``final_fraction``."""
-        config = self.config
-        factor = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-        if config.decay == "cosine":
-            cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.total_steps)))
-            factor *= config.final_fraction + (1.0 - config.final_fraction) * cosine
-        return config.learning_rate * factor
-
-    def update(self, loss: Tensor, step: int) -> Tensor:
-        """Backward and one optimiser step; return the gradient's norm before clipping, on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
-        return norm
-
-
-class Ema:
-    """Exponential moving average of a model's parameters, decay min(d, (1+n)/(10+n)) at step n."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, source: nn.Module, step: int) -> None:
-        """Move the average towards ``source`` after 0-based ``step``."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(source.parameters()), 1.0 - decay)
-
-
 class Trainer(ABC):
     """What :func:`run_training` drives: a step, and the modules and optimisers that make up its state."""
 
@@ -113,7 +74,11 @@ class Trainer(ABC):
     modules: dict[str, nn.Module]
     updaters: dict[str, Updater]
     headline: tuple[str, ...]  # the scalars that the progress bar shows
-    origin: dict[str, str]  # what besides the configuration determines the run: a fingerprint of weights or data
+
+    @property
+    @abstractmethod
+    def origin(self) -> dict[str, str]:
+        """What besides the configuration determines the run: a fingerprint of weights or data."""
 
     @property
     @abstractmethod
@@ -124,6 +89,41 @@ class Trainer(ABC):
     def step(self, index: int) -> dict[str, Tensor]:
         """Do 0-based step ``index``, a pure function of state, seed and index; return scalars on the device."""
 
+    def prepare(self, *networks: Teacher) -> None:
+        """Let the networks run as the configuration says; copies made afterwards would inherit it."""
+        for network in networks:
+            if self.run.activation_checkpointing:
+                network.checkpoint_activations()
+            for layer in network.layers() if self.run.compile else []:
+                # Layers share their code, so one compilation serves all; few batch sizes come up, each has its own.
+                layer.compile(dynamic=False)
+
+    def precision(self) -> torch.autocast:
+        """Return the context of one network's forward passes, all with gradients or all without.
+
+        Casts of weights are kept until it ends: none may outlive an optimiser step or a change of gradient mode.
+        """
+        enabled = self.run.precision == "bfloat16"
+        return torch.autocast(self.result.device.type, torch.bfloat16, enabled=enabled)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one batch's part to the gradients."""
+        (loss / self.run.accumulation_steps).backward()
+
+    def batch_numbers(self, index: int) -> range:
+        """Return the numbers in the whole run of the batches of 0-based step ``index``."""
+        count = self.run.accumulation_steps
+        return range(index * count, (index + 1) * count)
+
+
+class _Batch(NamedTuple):
+    """A batch of a student update: its key, what it was drawn for, and what came of it."""
+
+    key: Tensor
+    condition: Condition
+    tokens: Tensor
+    scalars: dict[str, Tensor]
+
 
 class DistillationTrainer(Trainer):
     """Di[M]O: a student update, then ``num_auxiliary_steps`` auxiliary updates."""
@@ -133,20 +133,27 @@ class DistillationTrainer(Trainer):
     def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
         self.method, self.run = config.method, config.run
         self.teacher = teacher.eval().requires_grad_(False)
-        self.origin = {"teacher_weights": fingerprint(teacher)}
-        self.student = copy.deepcopy(teacher).requires_grad_(True)
-        self.auxiliary = copy.deepcopy(teacher).requires_grad_(True)
+        self.student = copy.deepcopy(teacher).float().requires_grad_(True)
+        self.auxiliary = copy.deepcopy(teacher).float().requires_grad_(True)
         if config.method.freeze == "recipe":
             for name in teacher.frozen_parameters():
                 self.student.get_parameter(name).requires_grad_(False)
         self.ema = Ema(self.student, config.run.ema_decay)
+        self.prepare(teacher, self.student, self.auxiliary)
         self.key = dimo_ext.random_key(config.run.seed, device=teacher.device)
+        self.keys = [torch.empty_like(self.key) for _ in range(config.run.accumulation_steps)]
+        self.updates = Recorded(self._updates) if self._on_gpu_as_graph() else self._updates
         self.modules = {"student": self.student, "auxiliary": self.auxiliary, "ema": self.ema.model}
-        auxiliary_steps = config.run.steps * config.method.num_auxiliary_steps
+        steps, auxiliary_steps = config.run.steps, config.method.num_auxiliary_steps
         self.updaters = {
-            "student_optimizer": Updater(list(self.student.parameters()), config.student, config.run.steps),
-            "auxiliary_optimizer": Updater(list(self.auxiliary.parameters()), config.auxiliary, auxiliary_steps),
+            "student_optimizer": Updater(list(self.student.parameters()), config.student, steps),
+            "auxiliary_optimizer": Updater(list(self.auxiliary.parameters()), config.auxiliary, steps, auxiliary_steps),
         }
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """The teacher's weights, which stay as they are, and what it draws conditions from."""
+        return {"teacher_weights": fingerprint(self.teacher), **self.teacher.origin()}
 
     @property
     def result(self) -> Teacher:
@@ -155,31 +162,75 @@ class DistillationTrainer(Trainer):
 
     def step(self, index: int) -> dict[str, Tensor]:
         """One student update and its auxiliary updates."""
-        key, batch = dimo_ext.fold_in(self.key, index), self.run.batch_size
-        condition = self.teacher.sample_condition(batch, dimo_ext.fold_in(key, 0))
-        losses = student_loss(
-            self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
-        )
-        with phase("student backward and optimiser"):
-            norm = self.updaters["student_optimizer"].update(losses.loss, index)
-        self.ema.update(self.student, index)
-        scalars = {"student_divergence": losses.loss, "gradient_norm": norm, "token_entropy": losses.token_entropy}
-        with phase("auxiliary updates"):
-            return scalars | self._update_auxiliary(index, key, losses, condition)
+        for key, number in zip(self.keys, self.batch_numbers(index), strict=True):
+            key.copy_(dimo_ext.fold_in(self.key, number))
+        for updater in self.updaters.values():
+            updater.schedule(index)
+        scalars = self.updates()
+        with phase("average"):
+            self.ema.update(self.student, index)
+        return scalars
 
-    def _update_auxiliary(self, index: int, key: Tensor, losses: StudentLoss, condition: Any) -> dict[str, Tensor]:
-        tokens, loss = losses.draw.tokens, losses.auxiliary
-        for k in range(self.method.num_auxiliary_steps):
-            inner = dimo_ext.fold_in(key, 2 + k)
-            if self.method.fresh_auxiliary_batch:
-                condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(inner, 0))
-                with torch.no_grad():
-                    tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(inner, 1)).tokens
-            if k > 0 or self.method.fresh_auxiliary_batch:
-                loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(inner, 2))
-            step = index * self.method.num_auxiliary_steps + k
-            norm = self.updaters["auxiliary_optimizer"].update(loss, step)
-        return {"auxiliary_loss": loss, "auxiliary_gradient_norm": norm}
+    def _updates(self) -> dict[str, Tensor]:
+        """All updates of the step that ``keys`` and the updaters' rates were set for."""
+        batches = [self._student_batch(key) for key in self.keys]
+        with phase("student optimiser"):
+            norm = self.updaters["student_optimizer"].update()
+        auxiliary = [self._update_auxiliary(k, batches) for k in range(self.method.num_auxiliary_steps)]
+        return _mean([batch.scalars for batch in batches]) | {"gradient_norm": norm} | auxiliary[-1]
+
+    def _on_gpu_as_graph(self) -> bool:
+        """Whether the step is to be recorded; raises ConfigError where it cannot be."""
+        if self.run.cuda_graph and self.teacher.device.type != "cuda":
+            raise ConfigError(f"run.cuda_graph: expected a cuda device, got {self.teacher.device}")
+        if self.run.cuda_graph and self.teacher.prompted:
+            raise ConfigError(
+                f"run.cuda_graph: kind {self.teacher.kind!r} reads prompts in every step, which no graph can"
+            )
+        return self.run.cuda_graph
+
+    def _student_batch(self, key: Tensor) -> _Batch:
+        """Add the student's gradient on a new batch, and on the same one the auxiliary's if it is re-used."""
+        condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(key, 0))
+        with self.precision():
+            losses = student_loss(
+                self.student, self.teacher, self.auxiliary, condition, self.method, dimo_ext.fold_in(key, 1)
+            )
+        with phase("student backward"):
+            self.backward(losses.loss)
+        if not self.method.fresh_auxiliary_batch:
+            with phase("auxiliary backward"):
+                self.backward(losses.auxiliary)
+        scalars = {
+            "student_divergence": losses.loss, "token_entropy": losses.token_entropy, "auxiliary_loss": losses.auxiliary
+        }  # fmt: skip
+        return _Batch(key, condition, losses.draw.tokens, {name: value.detach() for name, value in scalars.items()})
+
+    def _update_auxiliary(self, k: int, batches: list[_Batch]) -> dict[str, Tensor]:
+        """The ``k``-th of the step's auxiliary updates."""
+        fresh = self.method.fresh_auxiliary_batch
+        losses = [self._auxiliary_batch(k, batch) for batch in batches] if k > 0 or fresh else []
+        with phase("auxiliary optimiser"):
+            norm = self.updaters["auxiliary_optimizer"].update(k)
+        return _mean(losses) | {"auxiliary_gradient_norm": norm}
+
+    def _auxiliary_batch(self, k: int, batch: _Batch) -> dict[str, Tensor]:
+        """Add the auxiliary's gradient on tokens masked anew, of a new draw if it is to be fresh."""
+        key, condition, tokens = dimo_ext.fold_in(batch.key, 2 + k), batch.condition, batch.tokens
+        if self.method.fresh_auxiliary_batch:
+            condition = self.teacher.sample_condition(self.run.batch_size, dimo_ext.fold_in(key, 0))
+            with torch.no_grad(), self.precision():
+                tokens = draw_from_student(self.student, condition, self.method, dimo_ext.fold_in(key, 1)).tokens
+        with self.precision():
+            loss = auxiliary_loss(self.auxiliary, tokens, condition, self.method, dimo_ext.fold_in(key, 2))
+        with phase("auxiliary backward"):
+            self.backward(loss)
+        return {"auxiliary_loss": loss.detach()}
+
+
+def _mean(scalars: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return each scalar's mean over a step's batches."""
+    return {name: torch.stack([one[name] for one in scalars]).mean() for name in (scalars[0] if scalars else ())}
 
 
 class PretrainingTrainer(Trainer):
@@ -189,12 +240,18 @@ class PretrainingTrainer(Trainer):
 
     def __init__(self, model: Teacher, data: DigitsSplit, config: PretrainConfig) -> None:
         self.config, self.run, self.model = config, config.run, model.train()
-        self.origin = {"data": data.checksum()}
+        self.data = data
         self.tokens, self.labels = data.tokens.to(model.device), data.labels.to(model.device)
         self.ema = Ema(model, config.run.ema_decay)
         self.key = dimo_ext.random_key(config.run.seed, device=model.device)
         self.modules = {"model": model, "ema": self.ema.model}
+        self.prepare(model)
         self.updaters = {"optimizer": Updater(list(model.parameters()), config.optimizer, config.run.steps)}
+
+    @cached_property
+    def origin(self) -> dict[str, str]:
+        """The data."""
+        return {"data": self.data.checksum()}
 
     @property
     def result(self) -> Teacher:
@@ -202,19 +259,28 @@ class PretrainingTrainer(Trainer):
         return self.ema.model
 
     def step(self, index: int) -> dict[str, Tensor]:
-        """One update on a random batch."""
-        key = dimo_ext.fold_in(self.key, index)
+        """One update on random batches."""
+        losses = [{"loss": self._batch(number)} for number in self.batch_numbers(index)]
+        with phase("optimiser"):
+            self.updaters["optimizer"].schedule(index)
+            norm = self.updaters["optimizer"].update()
+        with phase("average"):
+            self.ema.update(self.model, index)
+        return _mean(losses) | {"gradient_norm": norm}
+
+    def _batch(self, number: int) -> Tensor:
+        """Add the gradient on a random batch; return its loss."""
+        key = dimo_ext.fold_in(self.key, number)
         rows = random_integers(dimo_ext.fold_in(key, 0), self.run.batch_size, len(self.tokens))
-        # Only dropout reads torch's generator; seeding it by the step lets a resumed run repeat.
-        with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + index):
-            with phase("forward and loss"):
+        # Only dropout reads torch's generator; seeding it by the batch lets a resumed run repeat.
+        with seeded_generator(self.tokens.device, self.run.seed * 1_000_003 + number):
+            with self.precision():
                 loss = pretrain_loss(
                     self.model, self.tokens[rows], self.labels[rows], self.config, dimo_ext.fold_in(key, 1)
                 )
-            with phase("backward and optimiser"):
-                norm = self.updaters["optimizer"].update(loss, index)
-        self.ema.update(self.model, index)
-        return {"loss": loss, "gradient_norm": norm}
+            with phase("backward"):
+                self.backward(loss)
+        return loss.detach()
 
 
 @contextmanager

@@ -184,7 +184,8 @@ void check_sample_categorical(int64_t vocab, int64_t top_k, double top_p, double
                                         top_p,
                                         0.0,
                                         tokens[on_gpu].data(),
-                                        log_probs[on_gpu].data()};
+                                        log_probs[on_gpu].data(),
+                                        {}};
     if (on_gpu)
       status = cuda::sample_categorical(args, nullptr);
     else
@@ -195,6 +196,43 @@ void check_sample_categorical(int64_t vocab, int64_t top_k, double top_p, double
     equal = equal && tokens[0][row] == tokens[1][row] &&
             !(std::abs(log_probs[0][row] - log_probs[1][row]) > 1e-4f);  // both -inf: NaN
   report("sample_categorical", vocab, status, equal && tokens[0][2] == -1);
+}
+
+// Masked positions among others, few of them revealed; the choices are equal but where rounding decides, seldom.
+void check_reveal_confident(int64_t length) {
+  constexpr int64_t kSamples = 2, kVocab = 300;
+  const size_t tokens = static_cast<size_t>(kSamples * length);
+  std::vector<float> logits(tokens * kVocab), log_prob(tokens);
+  for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::sin(3.0f * static_cast<float>(i % 100003));
+  Ints state(tokens, -7), drawn(tokens), out[2] = {Ints(tokens), Ints(tokens)};
+  for (size_t i = 0; i < tokens; i += 3) state[i] = 5;
+  int status = 0;
+  for (const bool on_gpu : {false, true}) {
+    const RevealConfidentArgs args = {{{kSamples * length, kVocab, 1, {kSamples * length}},
+                                       rows_of(logits, 0, kVocab),
+                                       {},
+                                       1.0f,
+                                       nullptr,
+                                       length,
+                                       kKeys.data(),
+                                       2,
+                                       1.0,
+                                       0,
+                                       1.0,
+                                       0.0,
+                                       drawn.data(),
+                                       log_prob.data(),
+                                       {state.data(), -7, 1.0, nullptr}},
+                                      out[on_gpu].data(),
+                                      (length + 2) / 3,
+                                      nullptr,
+                                      2.5};
+    if (on_gpu)
+      status = cuda::reveal_confident(args, nullptr);
+    else
+      cpu::reveal_confident(args, kThreads);
+  }
+  report("reveal_confident", length, status, out[0] == out[1]);
 }
 
 void check_perturb_embeddings(int64_t width) {
@@ -242,6 +280,7 @@ int run_kernels() {
     check_sample_categorical(vocab, std::min<int64_t>(vocab, 20), 0.8, 0.9);
     check_sample_categorical(vocab, 0, 1.0, 0.0);
   }
+  for (const int64_t length : {1, 5, 64, 130}) check_reveal_confident(length);
   for (const int64_t width : {1, 3, 4, 130}) check_perturb_embeddings(width);
   return failures != 0;
 }

@@ -92,11 +92,73 @@ int sample_categorical(int64_t dims, const int64_t* sizes, void* logits, int64_t
                        double guidance_scale, const float* guidance, int64_t rows_per_sample, const int64_t* key,
                        int64_t key_stride, double temperature, int64_t top_k, double top_p, double min_p,
                        int64_t* tokens, float* log_prob) {
-  return dimo::cuda::sample_categorical(
-      {row_shape(dims, sizes), logit_rows(logits, logits_dtype, logits_strides, dims),
-       logit_rows(uncond, uncond_dtype, uncond_strides, dims), static_cast<float>(guidance_scale), guidance,
-       rows_per_sample, key, key_stride, temperature, top_k, top_p, min_p, tokens, log_prob},
-      nullptr);
+  return dimo::cuda::sample_categorical({row_shape(dims, sizes),
+                                         logit_rows(logits, logits_dtype, logits_strides, dims),
+                                         logit_rows(uncond, uncond_dtype, uncond_strides, dims),
+                                         static_cast<float>(guidance_scale),
+                                         guidance,
+                                         rows_per_sample,
+                                         key,
+                                         key_stride,
+                                         temperature,
+                                         top_k,
+                                         top_p,
+                                         min_p,
+                                         tokens,
+                                         log_prob,
+                                         {}},
+                                        nullptr);
+}
+
+int reveal_ancestral(int64_t dims, const int64_t* sizes, void* logits, int64_t logits_dtype,
+                     const int64_t* logits_strides, void* uncond, int64_t uncond_dtype, const int64_t* uncond_strides,
+                     double guidance_scale, const float* guidance, int64_t rows_per_sample, const int64_t* key,
+                     int64_t key_stride, double temperature, int64_t top_k, double top_p, double min_p,
+                     const int64_t* state, int64_t mask_id, double chance, const float* chances, int64_t* tokens) {
+  return dimo::cuda::sample_categorical({row_shape(dims, sizes),
+                                         logit_rows(logits, logits_dtype, logits_strides, dims),
+                                         logit_rows(uncond, uncond_dtype, uncond_strides, dims),
+                                         static_cast<float>(guidance_scale),
+                                         guidance,
+                                         rows_per_sample,
+                                         key,
+                                         key_stride,
+                                         temperature,
+                                         top_k,
+                                         top_p,
+                                         min_p,
+                                         tokens,
+                                         nullptr,
+                                         {state, mask_id, chance, chances}},
+                                        nullptr);
+}
+
+int reveal_confident(int64_t dims, const int64_t* sizes, void* logits, int64_t logits_dtype,
+                     const int64_t* logits_strides, void* uncond, int64_t uncond_dtype, const int64_t* uncond_strides,
+                     double guidance_scale, const float* guidance, int64_t rows_per_sample, const int64_t* key,
+                     int64_t key_stride, double temperature, int64_t top_k, double top_p, double min_p,
+                     const int64_t* state, int64_t mask_id, int64_t count, const int64_t* counts, double noise_scale,
+                     int64_t* drawn, float* log_prob, int64_t* tokens) {
+  return dimo::cuda::reveal_confident({{row_shape(dims, sizes),
+                                        logit_rows(logits, logits_dtype, logits_strides, dims),
+                                        logit_rows(uncond, uncond_dtype, uncond_strides, dims),
+                                        static_cast<float>(guidance_scale),
+                                        guidance,
+                                        rows_per_sample,
+                                        key,
+                                        key_stride,
+                                        temperature,
+                                        top_k,
+                                        top_p,
+                                        min_p,
+                                        drawn,
+                                        log_prob,
+                                        {state, mask_id, 1.0, nullptr}},
+                                       tokens,
+                                       count,
+                                       counts,
+                                       noise_scale},
+                                      nullptr);
 }
 
 int perturb_embeddings(int64_t dims, const int64_t* sizes, void* embeddings, int64_t embeddings_dtype,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class _FeedForward(nn.Module):
         return self.net(x)
 
 
+class _Layer(nn.ModuleList):
+    """Attention and feed-forward; a list, so that the weights keep their names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, feed_forward = self
+        return feed_forward(attention(x))
+
+
 class _PreNorm(nn.Module):
     def __init__(self, width: int, fn: nn.Module) -> None:
         super().__init__()
@@ -89,8 +98,9 @@ class _PreNorm(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: MaskGITConfig) -> None:
         super().__init__()
+        self.recompute = False  # activations in the backward pass
         self.layers = nn.ModuleList(
-            nn.ModuleList(
+            _Layer(
                 [
                     _PreNorm(config.width, _Attention(config.width, config.heads, config.dropout)),
                     _PreNorm(config.width, _FeedForward(config.width, config.mlp_width, config.dropout)),
@@ -100,8 +110,10 @@ class _Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
-            x = feed_forward(attention(x))
+        for layer in self.layers:
+            recompute = self.recompute and torch.is_grad_enabled()
+            # The generator's state is kept for dropout alone: a step that is recorded as a graph cannot read it.
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=self.training) if recompute else layer(x)
         return x
 
 
@@ -150,7 +162,8 @@ class MaskTransformer(nn.Module):
         label = self.tok_emb(class_B + self.config.vocab_size + 1)[:, None]
         x = torch.cat([tokens, label], 1) + self.pos_emb
         x = self.last_layer(self.transformer(self.first_layer(x)))[:, : self.seq_len]
-        return F.linear(x, self.tok_emb.weight[:columns]) + self.bias[: self.seq_len, :columns]
+        logits = F.linear(x, self.tok_emb.weight[:columns])
+        return logits.add_(self.bias[: self.seq_len, :columns].to(logits.dtype))  # half ones stay so under autocast
 
     def _initialise(self) -> None:
         for parameter in (self.tok_emb.weight, self.pos_emb):

@@ -65,6 +65,7 @@ def _parts(run: Run) -> Iterator[str]:
         yield _section("Quality against sampling steps", measured.quality(results))
         yield _section("Speed at equal quality", measured.speed(compared) if compared else "")
         yield _section("How the teacher samples", measured.reveal(results))
+    yield _section("What they draw", training.pictures(run))
     yield _section("Training", training.curves(run))
     yield _section("Time of a training step", training.phases(run))
     if results:

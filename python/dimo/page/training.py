@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from html import escape
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..evaluation import METRICS
-from ..report import CURVES
+from ..report import COMPARISON, CURVES
 from .charts import Chart, Point, Series, figures
 from .run import Run
 
@@ -33,7 +34,20 @@ def _still_to_come(run: Run) -> list[str]:
         return coming  # a teacher's training has no metrics
     if run.setting("teacher", "kind") in (None, "digits"):
         return [*coming, "Samples, metrics and the contrast of teacher and student follow when the run has ended."]
-    return [*coming, "Samples and metrics exist for the digits alone; a run of another teacher has curves."]
+    return [
+        *coming,
+        "Metrics exist for the digits alone; a run of another teacher has curves, and pictures at its end.",
+    ]
+
+
+def pictures(run: Run) -> str:
+    """Return the picture that a run of another teacher than the digits leaves at its end."""
+    path = run.folder / COMPARISON
+    if run.results or not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    picture = f'<img src="data:image/png;base64,{data}" alt="Samples of the teacher and of the student by class">'
+    return f"<figure>\n{picture}\n<figcaption>A column a class, all rows with the same seeds.</figcaption>\n</figure>"
 
 
 def warnings(run: Run) -> str:

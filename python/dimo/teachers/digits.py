@@ -17,6 +17,7 @@ class DigitsTeacher(MaskGITTeacher):
     """8×8 digits of 17 grey levels: L = 64, V = 17, 10 classes."""
 
     kind: ClassVar[str] = "digits"
+    published: ClassVar[bool] = False
 
     @classmethod
     def build(cls, network_config: dict[str, Any]) -> DigitsTeacher:
