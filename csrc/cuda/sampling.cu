@@ -2,10 +2,11 @@
 // from the cache; sampling_filters.h says what filters read. Tokens and log-probabilities are all that is written.
 //
 // A row of up to 33 ids belongs to a lane, of up to 64 to 8 lanes, a longer one to a warp, a long one to a block, whose
-// warps take its chunks in turn while the next ones are on their way into shared memory. One lane keeps the sums of one
-// chunk: 32 chunks at a time then race in parallel. The pick inside the winner goes through its ids in order.
+// warps take its segments in turn; of rows whose ids lie apart 32 belong to a block. The pick inside the winning chunk
+// goes through its ids in order.
 #include <cstdint>
 
+#include "cuda/sampling_columns.h"
 #include "cuda/sampling_filters.h"
 #include "cuda/sampling_race.h"
 #include "cuda/sampling_short.h"
@@ -53,6 +54,12 @@ int launch_geometry(const SampleCategoricalArgs& args, void* stream) {
   if (rules.greedy || rules.filtered)
     return vocab <= kFilteredWarpVocab ? launch_filtered_rows<1, 8, kGuided>(args, rules, stream)
                                        : launch_filtered_rows<kManyWarps, 11, kGuided>(args, rules, stream);
+  if (args.logits.vocab_stride != 1 || (kGuided && args.uncond.vocab_stride != 1)) {
+    const int64_t blocks = (args.shape.rows + kWarp - 1) / kWarp;
+    if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    return launch(columns_kernel<kGuided>, dim3(static_cast<unsigned>(blocks)), dim3(kColumnWarps * kWarp), 0, stream,
+                  args, rules);
+  }
   if (vocab <= kShortVocab)
     return launch_rows(short_rows_kernel<kGuided>, kShortThreads / kShortLanes, kShortThreads, 0, args, rules, stream);
   if (vocab <= kWarpVocab)
