@@ -49,7 +49,7 @@ unset, in upper or lower case. Examples start with ``import torch`` and ``from d
 
 from ._backend import build_info, use_backend
 from .cross_entropy import masked_cross_entropy
-from .divergence import CountedDivergence, distribution_matching_loss, token_divergence
+from .divergence import CountedDivergence, distribution_matching_loss, divergence_gradient_, token_divergence
 from .divergences import (
     Alpha,
     Divergence,
@@ -87,6 +87,7 @@ __all__ = [
     "TotalVariation",
     "build_info",
     "distribution_matching_loss",
+    "divergence_gradient_",
     "fold_in",
     "init_tokens",
     "mask_tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +33,16 @@ from ._checks import (
 from .divergences import Divergence, parse_divergence
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
+_OPTIONS = (
+    "str divergence, Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample, "
+    "float teacher_temperature, float auxiliary_temperature, float? teacher_log_floor, Tensor? mask, Tensor? factor, "
+    "bool reduce"
+)
 _LIB.define(
-    "token_divergence(Tensor receiver, Tensor teacher_logits, Tensor auxiliary_logits, str divergence, "
-    "Tensor? uncond_logits, float guidance_scale, Tensor? guidance_per_sample, float teacher_temperature, "
-    "float auxiliary_temperature, float? teacher_log_floor, Tensor? mask, Tensor? factor, bool reduce, "
+    f"token_divergence(Tensor receiver, Tensor teacher_logits, Tensor auxiliary_logits, {_OPTIONS}, "
     "bool need_gradient) -> (Tensor, Tensor, Tensor)"
 )
+_LIB.define(f"divergence_gradient_(Tensor(a!) auxiliary_logits, Tensor teacher_logits, {_OPTIONS}) -> (Tensor, Tensor)")
 
 
 def _token_divergence(
@@ -46,14 +51,52 @@ def _token_divergence(
     auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
     reduce: bool, need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kernel = native_kernel("token_divergence", teacher.device)
-    logits = [receiver, teacher, auxiliary, *([] if uncond is None else [uncond])]
-    if kernel is None or teacher.dim() > MAX_DIMS or any(z.dtype == torch.float64 for z in logits):
+    kernel = _kernel(receiver, teacher, auxiliary, uncond)
+    if kernel is None:
         return reference.token_divergence(
             receiver, teacher, auxiliary, divergence, uncond, guidance_scale, guidance_per_sample, teacher_temperature,
             auxiliary_temperature, teacher_log_floor, mask, factor, reduce, need_gradient,
         )  # fmt: skip
-    gradient = torch.empty_like(receiver) if need_gradient else receiver.new_empty(0)
+    gradient = torch.empty_like(receiver) if need_gradient else None
+    value, zeroed = _run(
+        kernel, teacher, auxiliary, gradient, divergence, uncond, guidance_scale, guidance_per_sample,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, receiver.dtype != torch.float16,
+    )  # fmt: skip
+    return value.sum() if reduce else value, zeroed, receiver.new_empty(0) if gradient is None else gradient
+
+
+def _divergence_gradient_(
+    auxiliary: Tensor, teacher: Tensor, divergence: str, uncond: Tensor | None, guidance_scale: float,
+    guidance_per_sample: Tensor | None, teacher_temperature: float, auxiliary_temperature: float,
+    teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None, reduce: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kernel = _kernel(teacher, auxiliary, uncond)
+    if kernel is None:
+        return reference.divergence_gradient_(
+            auxiliary, teacher, divergence, uncond, guidance_scale, guidance_per_sample, teacher_temperature,
+            auxiliary_temperature, teacher_log_floor, mask, factor, reduce,
+        )  # fmt: skip
+    value, zeroed = _run(
+        kernel, teacher, auxiliary, auxiliary, divergence, uncond, guidance_scale, guidance_per_sample,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, True,
+    )  # fmt: skip
+    return value.sum() if reduce else value, zeroed
+
+
+def _kernel(*logits: Tensor | None) -> Callable[..., None] | None:
+    """Return the compiled kernel, where it serves these logits."""
+    given = [z for z in logits if z is not None]
+    kernel = native_kernel("token_divergence", given[0].device)
+    return None if given[0].dim() > MAX_DIMS or any(z.dtype == torch.float64 for z in given) else kernel
+
+
+def _run(
+    kernel: Callable[..., None], teacher: Tensor, auxiliary: Tensor, gradient: Tensor | None, divergence: str,
+    uncond: Tensor | None, guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
+    factor_in_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call the kernel, which fills ``gradient``; return the values and the number of zeroed rows."""
     value = teacher.new_empty(teacher.shape[:-1], dtype=torch.float32)
     counters = torch.zeros(2, dtype=torch.int64, device=teacher.device)  # of zeroed rows, of rows that were handed out
     zeroed, ticket = counters[0], None if mask is None or not teacher.is_cuda else counters[1]
@@ -62,13 +105,13 @@ def _token_divergence(
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
     kernel(
         *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
-        [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient if need_gradient else None)],
+        [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient)],
         (guidance_scale, address(guidance), rows_per_sample(teacher)),
         (teacher_temperature, auxiliary_temperature, floor), address(mask),
-        (address(factor), 1 if factor is not None and factor.dim() else 0, receiver.dtype != torch.float16),
+        (address(factor), 1 if factor is not None and factor.dim() else 0, factor_in_gradient),
         value.data_ptr(), zeroed.data_ptr(), address(ticket), *placement(teacher.device),
     )  # fmt: skip
-    return value.sum() if reduce else value, zeroed, gradient
+    return value, zeroed
 
 
 def _kernel_divergence(divergence: Divergence) -> tuple[Any, float]:
@@ -88,9 +131,17 @@ def _fake(receiver, teacher_logits, auxiliary_logits, *args):
     return value, value.new_empty((), dtype=torch.int64), gradient
 
 
+def _fake_gradient_(auxiliary_logits, teacher_logits, *args):
+    shape = () if args[-1] else teacher_logits.shape[:-1]
+    value = teacher_logits.new_empty(shape, dtype=value_dtype(teacher_logits, auxiliary_logits))
+    return value, value.new_empty((), dtype=torch.int64)
+
+
 for _device in ("CPU", "CUDA"):
     _LIB.impl("token_divergence", _token_divergence, _device)
+    _LIB.impl("divergence_gradient_", _divergence_gradient_, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
+torch.library.register_fake("dimo_ext::divergence_gradient_", _fake_gradient_, lib=_LIB)
 register_saved_gradient("dimo_ext::token_divergence", _LIB, lambda inputs, _: inputs[-3])
 
 
@@ -215,10 +266,88 @@ def distribution_matching_loss(
     return result if count_zeroed else result.value
 
 
+def divergence_gradient_(
+    auxiliary_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str | Divergence,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    teacher_uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    teacher_temperature: float = 1.0,
+    auxiliary_temperature: float = 1.0,
+    teacher_log_floor: float | None = None,
+    reduction: str = "batchmean",
+    count_zeroed: bool = False,
+) -> Tensor | CountedDivergence:
+    """Overwrite ``auxiliary_logits`` with the gradient of :func:`distribution_matching_loss`; return the loss's value.
+
+    For whoever has no memory for a further tensor of the vocabulary's size and needs these logits no more. Nothing is
+    recorded: hand the gradient on with ``student_logits.backward(auxiliary_logits)``.
+
+    Args:
+        auxiliary_logits: ``[..., V]``, overwritten with the gradient in its own dtype. It needs no gradient itself, no
+            two of its elements share a place, and it shares no memory with the other logits. float16 holds the
+            gradient of a mean over many tokens badly: prefer ``reduction="sum"`` and scale what follows.
+        teacher_logits, divergence, mask, weight, teacher_uncond_logits, guidance_scale, teacher_temperature,
+            auxiliary_temperature, teacher_log_floor, reduction, count_zeroed: as in
+            :func:`distribution_matching_loss`.
+
+    Returns:
+        Scalar, or ``[...]`` for "none"; float32 (float64 where an input is).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what was given.
+
+    Example:
+        >>> teacher, auxiliary = torch.tensor([[[0.0, 1.0, 2.0]]]), torch.zeros(1, 1, 3)
+        >>> value = divergence_gradient_(auxiliary, teacher, "forward_kl")
+        >>> f"{value:.3f}", [f"{x:.3f}" for x in auxiliary[0, 0].tolist()]
+        ('0.266', ['0.243', '0.089', '-0.332'])
+    """
+    check_logits(auxiliary_logits, "auxiliary_logits")
+    check_reduction(reduction, auxiliary_logits)
+    _check_overwritable(auxiliary_logits, teacher_logits, teacher_uncond_logits)
+    arguments = _arguments(
+        teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale, teacher_temperature,
+        auxiliary_temperature, teacher_log_floor, mask, weight, reduction,
+    )  # fmt: skip
+    value, zeroed_rows = torch.ops.dimo_ext.divergence_gradient_(auxiliary_logits, teacher_logits.detach(), *arguments)
+    return CountedDivergence(value, zeroed_rows) if count_zeroed else value
+
+
+def _check_overwritable(logits: Tensor, *others: Tensor | None) -> None:
+    name, expected = "auxiliary_logits", "a tensor that needs no gradient"
+    require(not logits.requires_grad, name, expected, "one with requires_grad=True")
+    if torch.compiler.is_compiling():
+        return
+    overlaps = torch._debug_has_internal_overlap(logits) == 1
+    require(not overlaps, name, "elements in places of their own", "an expanded tensor")
+    shared = any(isinstance(z, Tensor) and torch._C._is_alias_of(logits, z) for z in others)
+    require(not shared, name, "memory of its own", "that of the teacher's logits")
+
+
 def _checked_divergence(
     receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
     teacher_log_floor, mask, weight=None, reduction="none",
 ) -> CountedDivergence:  # fmt: skip
+    arguments = _arguments(
+        teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
+        teacher_log_floor, mask, weight, reduction,
+    )  # fmt: skip
+    refuse_forward_mode(receiver)
+    value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
+        receiver, teacher.detach(), auxiliary.detach(), *arguments, needs_gradient(receiver)
+    )
+    return CountedDivergence(value, zeroed_rows)
+
+
+def _arguments(
+    teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
+    teacher_log_floor, mask, weight, reduction,
+) -> tuple:  # fmt: skip
+    """Return what both operators take behind their logits, checked."""
     check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
     scale, scale_per_sample = check_guidance(teacher, uncond, "teacher_uncond_logits", guidance_scale)
@@ -236,13 +365,10 @@ def _checked_divergence(
     dtype = value_dtype(teacher, auxiliary)
     weight = None if weight is None else _per_token(weight, teacher, dtype)
     factor = token_factor(teacher, mask, weight, reduction, dtype)
-    refuse_forward_mode(receiver)
-    value, zeroed_rows, _ = torch.ops.dimo_ext.token_divergence(
-        receiver, teacher.detach(), auxiliary.detach(), str(parse_divergence(divergence)),
-        None if uncond is None else uncond.detach(), scale, scale_per_sample, *temperatures, teacher_log_floor, mask,
-        factor, reduction != "none", needs_gradient(receiver),
+    return (
+        str(parse_divergence(divergence)), None if uncond is None else uncond.detach(), scale, scale_per_sample,
+        *temperatures, teacher_log_floor, mask, factor, reduction != "none",
     )  # fmt: skip
-    return CountedDivergence(value, zeroed_rows)
 
 
 def _per_token(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:

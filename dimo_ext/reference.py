@@ -244,6 +244,41 @@ def token_divergence(
     """D_f(teacher ‖ auxiliary) of each token times factor, or their sum; how many gradients cannot be represented;
     factor · ∂D/∂auxiliary_logits (see _autograd.py).
     """
+    loss, gradient, counted = _divergence(
+        teacher_logits, auxiliary_logits, divergence, uncond_logits, guidance_scale, guidance_per_sample,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, reduce,
+    )  # fmt: skip
+    if not need_gradient:
+        return loss, loss.new_zeros((), dtype=torch.int64), receiver.new_empty(0)
+    stored, zeroed = _stored(receiver, gradient, factor, counted)
+    return loss, zeroed.sum(), stored
+
+
+def divergence_gradient_(
+    auxiliary_logits: Tensor, teacher_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
+    guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
+    reduce: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Value and count of token_divergence; factor · ∂D/∂auxiliary_logits goes where the logits were, rounded once."""
+    loss, gradient, counted = _divergence(
+        teacher_logits, auxiliary_logits, divergence, uncond_logits, guidance_scale, guidance_per_sample,
+        teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, reduce,
+    )  # fmt: skip
+    if factor is not None:
+        gradient, counted = gradient * factor[..., None], counted & (factor != 0)
+    stored, zeroed = _stored(auxiliary_logits, gradient, None, counted)
+    auxiliary_logits.copy_(stored)
+    return loss, zeroed.sum()
+
+
+def _divergence(
+    teacher_logits: Tensor, auxiliary_logits: Tensor, divergence: str, uncond_logits: Tensor | None,
+    guidance_scale: float, guidance_per_sample: Tensor | None, teacher_temperature: float,
+    auxiliary_temperature: float, teacher_log_floor: float | None, mask: Tensor | None, factor: Tensor | None,
+    reduce: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Divergences times factor, or their sum; the gradient without the factor; which tokens count."""
     z_p = _guided(teacher_logits, uncond_logits, guidance_scale, guidance_per_sample)
     compute = torch.promote_types(z_p.dtype, _compute_dtype(auxiliary_logits))
     z_p, z_q = z_p.to(compute), auxiliary_logits.to(compute)
@@ -258,13 +293,9 @@ def token_divergence(
         log_ratio = torch.where(raised, log_p - log_q, log_ratio)
     value, pull = divergence_terms(names.parse_divergence(divergence), log_p, log_q, log_ratio)
     value = torch.where(counted, value, 0.0)
-    loss = _weighted(value, factor, reduce)
-    if not need_gradient:
-        return loss, value.new_zeros((), dtype=torch.int64), receiver.new_empty(0)
     gradient = (pull - log_q.exp() * pull.sum(-1, keepdim=True)) / auxiliary_temperature
     gradient = gradient.masked_fill(value.isnan()[..., None], math.nan)  # a diverged row has no gradient
-    stored, zeroed = _stored(receiver, gradient, factor, counted)
-    return loss, zeroed.sum(), stored
+    return _weighted(value, factor, reduce), gradient, counted
 
 
 def divergence_terms(

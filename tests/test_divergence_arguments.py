@@ -79,11 +79,15 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("operator", ["token_divergence", "distribution_matching_loss"])
+@pytest.mark.parametrize("operator", ["token_divergence", "distribution_matching_loss", "divergence_gradient_"])
 @pytest.mark.parametrize(("name", "value", "expected", "given_"), BAD_ARGUMENTS)
 def test_bad_arguments_are_rejected(device, operator, name, value, expected, given_):
     """The error names the argument, what was expected and what was given, before anything runs."""
-    arguments = {"teacher_logits": LOGITS.to(device), "auxiliary_logits": LOGITS.to(device), "divergence": "le_cam"}
+    arguments = {
+        "teacher_logits": LOGITS.to(device),
+        "auxiliary_logits": (LOGITS + 1).to(device),
+        "divergence": "le_cam",
+    }
     if operator == "distribution_matching_loss":
         arguments["student_logits"] = LOGITS.to(device)
     arguments[name] = value

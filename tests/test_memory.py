@@ -73,3 +73,13 @@ def test_the_loss_allocates_a_gradient_a_network(dtype, divergence):
     assert found["dimo: loss"] == 2
     assert found["dimo: auxiliary forward"] == found["dimo: teacher"] == 1  # logits
     assert found.keys() <= {f"dimo: {name}" for name in PHASES}
+
+
+def test_the_gradient_in_place_allocates_nothing():
+    """Of the vocabulary's size."""
+    auxiliary, teacher, uncond = torch.randn(3, BATCH, LENGTH, VOCAB).unbind()
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True, record_shapes=True) as prof:
+        dimo_ext.divergence_gradient_(
+            auxiliary.clone(), teacher, "jeffreys:-0.2", teacher_uncond_logits=uncond, guidance_scale=2.0
+        )
+    assert large_allocations(prof, torch.float32) == {"elsewhere": 1}  # the clone

@@ -38,6 +38,16 @@ def test_opcheck_token_divergence(device, layout, dtype, guided, need_gradient):
         torch.library.opcheck(OPERATORS.token_divergence.default, (receiver, *arguments, factor, reduce, need_gradient))
 
 
+@pytest.mark.parametrize(("layout", "dtype"), [(lay, torch.float32) for lay in LAYOUTS] + [("sliced", torch.float16),
+                         ("contiguous", torch.float64)], ids=str)  # fmt: skip
+def test_opcheck_divergence_gradient_(device, layout, dtype):
+    teacher, auxiliary, uncond = logits_of(device, layout, dtype)
+    mask, scale = torch.tensor([[True, False, True]] * 2, device=device), torch.tensor([1.0, 2.0], device=device)
+    for factor, reduce in factors((2, 3), device, torch.float64 if dtype == torch.float64 else torch.float32):
+        arguments = (auxiliary, teacher, "jeffreys:-0.2", uncond, 1.5, scale, 1.0, 0.8, -20.0, mask, factor, reduce)
+        torch.library.opcheck(OPERATORS.divergence_gradient_.default, arguments)
+
+
 def factors(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor | None, bool]]:
     """What the reductions pass on: (factor, reduce)."""
     weight = torch.rand(shape, device=device, dtype=dtype)
@@ -124,6 +134,12 @@ def matching_step(x: Tensor, key: Tensor) -> Tensor:
     return dx.distribution_matching_loss(x * 3, x.flip(-1), x.cos(), dx.ReverseKL(), mask=mask, weight=weight)
 
 
+def in_place_step(x: Tensor, key: Tensor) -> Tensor:
+    gradient = x.detach().cos()
+    value = dx.divergence_gradient_(gradient, x.detach() * 3, dx.ReverseKL())
+    return value + (x * gradient).sum()
+
+
 def cross_entropy_step(x: Tensor, key: Tensor) -> Tensor:
     return dx.masked_cross_entropy(x * 2, x.detach().argmin(-1), label_smoothing=0.1)
 
@@ -152,7 +168,10 @@ def embedding_step(x: Tensor, key: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "step",
-    [divergence_step, matching_step, cross_entropy_step, sampling_step, reveal_step, masking_step, embedding_step],
+    [
+        divergence_step, matching_step, in_place_step, cross_entropy_step, sampling_step, reveal_step, masking_step,
+        embedding_step,
+    ],  # fmt: skip
 )
 def test_compiled_equals_eager(device, step: Callable[[Tensor, Tensor], Tensor]):
     """One full graph, the same value and the same gradient, and fresh draws when the key changes."""
@@ -206,9 +225,9 @@ def test_gradient_through_vmap(device):
 def test_every_public_name_exists():
     """``__all__`` holds what the documentation promises, and nothing that is missing."""
     operators = (
-        "token_divergence distribution_matching_loss masked_cross_entropy sample_categorical reveal_ancestral "
-        "reveal_confident mask_tokens init_tokens perturb_embeddings random_key fold_in use_backend build_info "
-        "parse_divergence"
+        "token_divergence distribution_matching_loss divergence_gradient_ masked_cross_entropy sample_categorical "
+        "reveal_ancestral reveal_confident mask_tokens init_tokens perturb_embeddings random_key fold_in use_backend "
+        "build_info parse_divergence"
     )
     divergences = (
         "ForwardKL ReverseKL Jeffreys JensenShannon SquaredHellinger TotalVariation PearsonChi2 NeymanChi2 Alpha LeCam"

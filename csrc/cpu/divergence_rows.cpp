@@ -123,14 +123,17 @@ void mix(Guidance guidance, const T* cond, const T* uncond, const T* auxiliary, 
 
 // Brings memory into the second-level cache while a sweep computes: it would idle otherwise.
 struct Ahead {
-  static constexpr int kTensors = 3;
+  static constexpr int kTensors = 4;  // the last one is written
   const char* data[kTensors];
   int64_t step[kTensors];  // bytes a register
 
   DIMO_INLINE void fetch() {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int t = 0; t < kTensors; ++t) {
-      __builtin_prefetch(data[t], 0, 2);
+      if (t < kTensors - 1)
+        __builtin_prefetch(data[t], 0, 2);
+      else
+        __builtin_prefetch(data[t], 1, 2);
       data[t] += step[t];
     }
   }
@@ -160,7 +163,7 @@ class Tile {
   void run(const int64_t* rows, int count, int64_t next) {
     locate(rows, count);
     row_ = rows[0];
-    next_ = next;
+    next_ = next + Layout::kAhead < args_.shape.rows ? next + Layout::kAhead : next;
     gather_statistics();
     if (args_.gradient.data != nullptr) sum_pull();
     write(rows, count);
@@ -190,12 +193,13 @@ class Tile {
     factor_ = Layout::of_rows(factors);
   }
 
-  // What is read after the first sweep, which fetches it, from id begin of a row on.
+  // What is read and written after the first sweep, which fetches it, from id begin of a row on.
   Ahead look_ahead(int64_t row, int64_t begin) const {
-    const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary};
+    const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary,
+                                        streams_ ? &args_.auxiliary : &args_.gradient};
     Ahead ahead;
     for (int t = 0; t < Ahead::kTensors; ++t) {
-      const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.teacher;
+      const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.auxiliary;
       const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
       ahead.data[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
       // Short rows follow one another, so do the rows of one id where the vocabulary is strided.

@@ -95,6 +95,7 @@ DIMO_INLINE Vec load_some(const T* from, int64_t n) {
 struct Along {
   static constexpr int kRows = 1;
   static constexpr int64_t kCapacity = kBuffer;  // ids
+  static constexpr int64_t kAhead = 0;           // rows between the next ones and those that are fetched early
 
   template <class T>
   static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
@@ -145,6 +146,7 @@ DIMO_INLINE void transpose(Vec (&rows)[kLanes]) {
 struct Across {
   static constexpr int kRows = kLanes;
   static constexpr int64_t kCapacity = kBuffer / kLanes;
+  static constexpr int64_t kAhead = 2 * kLanes;  // short rows are done before memory has answered
 
   static bool consecutive(const int64_t (&offsets)[kRows]) {
     for (int r = 1; r < kRows; ++r)
@@ -167,9 +169,11 @@ struct Across {
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) store(to + (i + j) * kLanes, block[j]);
     }
-    for (int r = 0; r < kRows; ++r) {
-      const T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = blocks; i < n; ++i) to[i * kLanes + r] = load_one(row + i * stride);
+    for (int64_t i = blocks; i < n; ++i) {
+      Vec ids;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) ids[r] = load_one(data + offsets[r] + (begin + i) * stride);
+      store(to + i * kLanes, ids);
     }
   }
   template <class T>

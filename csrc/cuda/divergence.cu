@@ -39,7 +39,7 @@ int launch_lanes(const TokenDivergenceArgs& args, void* stream) {
     bytes += span_bytes(*logits, kRows, args.shape.vocab);
   }
   return launch(lanes_kernel<Divergence, kLanes, kHeld>, dim3(static_cast<unsigned>(blocks)), dim3(kLanesBlock),
-                dense ? static_cast<size_t>(bytes) : 0, stream, args, Rates(args), dense);
+                dense ? static_cast<size_t>(bytes) : 0, stream, args, Rates(args), Divergence(args.parameter), dense);
 }
 
 template <class Divergence, int kPacks>
@@ -49,6 +49,7 @@ int launch_blocks(const TokenDivergenceArgs& args, void* stream) {
   const int64_t vocab = args.shape.vocab;
   int64_t cluster = (vocab + kMost - 1) / kMost;
   if (cluster > kMostBlocks || !has_clusters()) cluster = 1;  // GeneralRow takes what does not fit
+  if (cluster > kMostBlocks / 2) cluster = kMostBlocks;  // a part of the GPU holds one such cluster, whatever its size
   TokenDivergenceArgs call = args;
   if (cluster > 1) call.ticket = nullptr;
   const int64_t slice = ((vocab + cluster - 1) / cluster + kPack - 1) / kPack * kPack;
@@ -56,10 +57,11 @@ int launch_blocks(const TokenDivergenceArgs& args, void* stream) {
   if (threads > kMostThreads) threads = kMostThreads;
   int64_t cells = cells_of(args.teacher.dtype) + cells_of(args.auxiliary.dtype);
   if (args.uncond.data != nullptr) cells += cells_of(args.uncond.dtype);
-  const int64_t scratch = Team<0>::scratch_bytes(static_cast<int>(threads / kWarp * cluster)) + 2 * sizeof(Mailbox);
+  const int64_t scratch =
+      Team<0>::scratch_bytes(static_cast<int>(threads / kWarp * cluster)) + 2 * sizeof(Mailbox) + sizeof(Notes);
   return launch_resident(block_kernel<Divergence, kPacks>, static_cast<unsigned>(cluster), args.shape.rows,
                          static_cast<unsigned>(threads), static_cast<size_t>(scratch + cells * kPacks * threads * 16),
-                         stream, call, Rates(args), static_cast<int>(slice));
+                         stream, call, Rates(args), Divergence(args.parameter), static_cast<int>(slice));
 }
 
 template <class Divergence>
@@ -67,7 +69,8 @@ int launch_columns(const TokenDivergenceArgs& args, void* stream) {
   const int64_t blocks = (args.shape.rows + kWarp - 1) / kWarp;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   return launch(columns_kernel<Divergence>, dim3(static_cast<unsigned>(blocks)), dim3(kColumnThreads),
-                static_cast<size_t>(Team<kColumns>::scratch_bytes(kColumnThreads / kWarp)), stream, args);
+                static_cast<size_t>(Team<kColumns>::scratch_bytes(kColumnThreads / kWarp)), stream, args,
+                Divergence(args.parameter));
 }
 
 }  // namespace

@@ -10,36 +10,51 @@ namespace {
 constexpr int kMostThreads = 512, kMostBlocks = 16;  // a block, a cluster
 constexpr int64_t kMostRows = 1 << 30;               // of a long vocabulary: no GPU holds more
 
+// What a block's threads tell each other; in registers it would cost more.
+struct alignas(16) Notes {
+  int ticket;   // a row
+  int put_off;  // the last row that was put off
+  int step;     // from a team's row to its next
+};
+
 // Blocks go from row to row. While one is worked on, the packs of the next are on their way to shared memory.
 template <class Divergence, int kPacks>
 class Block {
  public:
-  __device__ Block(const TokenDivergenceArgs& args, const Rates& rates, int slice, char* shared)
-      : args_(args), rates_(rates), team_(shared), rank_(team_.rank()), threads_(team_.size()) {
-    mailbox_ = reinterpret_cast<Mailbox*>(shared + Team<0>::scratch_bytes(team_.entries()));
-    ticket_ = reinterpret_cast<int*>(mailbox_ + 1);
-    cells_ = reinterpret_cast<uint4*>(mailbox_ + 2);
-    if (kHasMailbox) {
-      if (rank_ == 0) mailbox_->open();
-      __syncthreads();
+  __device__ Block(const TokenDivergenceArgs& args, const Rates& rates, const Divergence& divergence, int slice,
+                   char* shared)
+      : args_(args),
+        rates_(rates),
+        divergence_(divergence),
+        shared_(shared),
+        team_(shared),
+        rank_(team_.rank()),
+        threads_(team_.size()) {
+    if (rank_ == 0) {
+      if (kHasMailbox) mailbox()->open();
+      *notes() = {-1, -1, static_cast<int>(gridDim.x / cluster_size())};
     }
+    __syncthreads();
     begin_ = min(static_cast<int64_t>(cluster_rank()) * slice, args.shape.vocab);
     size_ = min(static_cast<int64_t>(slice), args.shape.vocab - begin_);
   }
 
   __device__ void run() {
     // Begins with a turn that only fetches.
-    const int rows = static_cast<int>(args_.shape.rows), step = gridDim.x / cluster_size();
-    int row = -1, next = blockIdx.x / cluster_size(), later = next + step;
+    int row = -1, next = blockIdx.x / cluster_size(), later = next + notes()->step;
     bool counts = false, next_counts = mask_bits(args_, next) != 0;
-    while (row < rows) {
+    while (row < static_cast<int>(args_.shape.rows)) {
       // What is derived from these does not stay in registers from row to row.
       forget(rank_);
       forget(threads_);
       const unsigned later_mask = mask_bits(args_, later);
-      const int last = request(later, step);
-      const Split split = split_;
-      const bool sent = sent_;
+      const int last = request(later);
+      Split split{0, 0, 0, 0};
+      bool sent = false;
+      if (counts) {
+        int64_t first[3];
+        sent = plan(row, first, split);
+      }
       const Token token = {row, begin_, size_, counts ? scale_of(args_, row) : 1.0f,
                            counts ? factor_of(args_, row) : 0.0f};
       if (counts && sent) {
@@ -52,7 +67,7 @@ class Block {
         if (token.factor == 0.0f)
           skip(token, first);
         else if (!(sent && work(token, split, first)))
-          team_ = general_row<Divergence, 0>(args_, token, team_);
+          put_off(row);
       }
       row = next;
       next = later;
@@ -60,10 +75,38 @@ class Block {
       counts = next_counts;
       next_counts = later_mask != 0;
     }
-    if (cluster_size() > 1) cluster_sync();  // no block leaves while others write to its shared memory
+    sync_cluster();
+    for (int late = notes()->put_off; late >= 0;) {
+      const Token token = {late, begin_, size_, scale_of(args_, late), factor_of(args_, late)};
+      late = static_cast<int>(load_32_bits(args_.value + late));
+      team_ = general_row<Divergence, 0>(args_, divergence_, token, team_);
+    }
+    sync_cluster();  // no block leaves while others write to its shared memory
   }
 
  private:
+  __device__ void sync_cluster() {
+    if (cluster_size() > 1)
+      cluster_sync();
+    else
+      team_.sync();
+  }
+
+  // Rows that are not ordinary wait until the others are done, in a list that runs through their values: in the loop
+  // they would cost every row registers.
+  __device__ void put_off(int row) {
+    if (rank_ != 0) return;
+    if (begin_ == 0) args_.value[row] = __int_as_float(notes()->put_off);
+    notes()->put_off = row;
+  }
+
+  // Behind what the team shares.
+  __device__ Mailbox* mailbox() const {
+    return reinterpret_cast<Mailbox*>(shared_ + Team<0>::scratch_bytes(team_.entries()));
+  }
+  __device__ Notes* notes() const { return reinterpret_cast<Notes*>(mailbox() + 2); }
+  __device__ uint4* cells() const { return reinterpret_cast<uint4*>(notes() + 1); }
+
   __device__ void skip(const Token& token, int64_t first) {
     if (begin_ == 0 && rank_ == 0) args_.value[token.row] = 0.0f;
     if (args_.gradient.data != nullptr) write_zeros(args_.gradient, first, token, team_);
@@ -82,71 +125,84 @@ class Block {
       if (split.single(rank_) < size_) visit(kPacks * kPack);
     };
     if (!fast_.agree(rates_, team_, each)) return false;
-    const LogitRows& to = args_.gradient;
-    const bool whole = to.data != nullptr && starts_cell(to, first + split.head);
-    float pack[kPack], value = 0.0f;
-    const auto take = [&](int s, float gradient) {
-      if (s == kPacks * kPack) {
-        if (to.data != nullptr) store_element(to, first + split.single(rank_) * to.vocab_stride, gradient);
-        return;
-      }
-      pack[s % kPack] = gradient;
-      if (s % kPack != kPack - 1 || to.data == nullptr) return;
-      const int begin = split.pack(rank_ + s / kPack * threads_);
-      if (whole) return store_pack(to, first + begin, pack);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) store_element(to, first + (begin + i) * to.vocab_stride, pack[i]);
+    // In the auxiliary's own memory the gradient waits until the row is known to be ordinary: else it is read again.
+    const bool wanted = args_.gradient.data != nullptr, in_place = args_.gradient.data == args_.auxiliary.data;
+    const auto store = [&] {
+      if (wanted && !in_place) write(split, first, each);
     };
-    if (!fast_.finish(args_, rates_, team_, each, token.factor, take, value)) return false;
+    float value = 0.0f;
+    if (!fast_.finish(args_, rates_, divergence_, team_, each, token.factor, store, value)) return false;
+    if (in_place) write(split, first, each);
     if (begin_ == 0 && rank_ == 0) write_value(args_, token, value);
     return true;
   }
 
+  template <class Each>
+  __device__ void write(const Split& split, int64_t first, const Each& each) const {
+    const LogitRows& to = args_.gradient;
+    const bool whole = starts_cell(to, first + split.head);
+    each([&](int s) {
+      if (s == kPacks * kPack) return store_element(to, first + split.single(rank_), fast_.z_q[s]);
+      if (s % kPack != kPack - 1) return;
+      const int64_t begin = first + split.pack(rank_ + s / kPack * threads_);
+      const float* const pack = &fast_.z_q[s - (kPack - 1)];
+      if (whole) return store_pack(to, begin, pack);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) store_element(to, begin + i, pack[i]);
+    });
+  }
+
   // Rows that do not count make blocks unequally fast: then a counter in memory hands out rows. The first thread asks
   // for one early, and all get it late.
-  __device__ int request(int row, int step) const {
-    if (args_.ticket == nullptr) return row + step;
-    return rank_ == 0 ? 2 * step + atomicAdd(args_.ticket, 1) : 0;
+  __device__ int request(int row) const {
+    if (args_.ticket == nullptr) return row + notes()->step;
+    return rank_ == 0 ? 2 * notes()->step + atomicAdd(args_.ticket, 1) : 0;
   }
 
   __device__ int receive(int row) {
     if (args_.ticket == nullptr) return row;
     if (threads_ == kWarp) return __shfl_sync(0xffffffffu, row, 0);
-    if (rank_ == 0) *ticket_ = row;
+    if (rank_ == 0) notes()->ticket = row;
     __syncthreads();
-    row = *ticket_;
+    row = notes()->ticket;
     __syncthreads();
     return row;
+  }
+
+  // How a row falls to the threads; whether it is sent for.
+  __device__ bool plan(int row, int64_t (&first)[3], Split& split) const {
+    first_elements(args_, row, begin_, {&args_.teacher, &args_.auxiliary, &args_.uncond}, first);
+    split = Split(size_, misalignment(args_.auxiliary, first[1]), threads_, kPacks);
+    return may_be_fast(args_) && (args_.gradient.data == nullptr || args_.gradient.vocab_stride == 1) &&
+           starts_cell(args_.auxiliary, first[1] + split.head) && starts_cell(args_.teacher, first[0] + split.head) &&
+           (args_.uncond.data == nullptr || starts_cell(args_.uncond, first[2] + split.head)) &&
+           size_ - kPack * split.packs <= threads_;
   }
 
   // Sends for a row that counts.
   __device__ void fetch(int row) {
     int64_t first[3];
-    first_elements(args_, row, begin_, {&args_.teacher, &args_.auxiliary, &args_.uncond}, first);
+    Split split{0, 0, 0, 0};
+    if (!plan(row, first, split)) return;
     const bool guided = args_.uncond.data != nullptr;
-    split_ = Split(size_, misalignment(args_.auxiliary, first[1]), threads_, kPacks);
-    sent_ = may_be_fast(args_) && starts_cell(args_.auxiliary, first[1] + split_.head) &&
-            starts_cell(args_.teacher, first[0] + split_.head) &&
-            (!guided || starts_cell(args_.uncond, first[2] + split_.head)) && size_ - kPack * split_.packs <= threads_;
-    if (!sent_) return;
     if (kHasMailbox && rank_ == 0) {
       const int cells = cells_of(args_.teacher.dtype) + cells_of(args_.auxiliary.dtype);
-      mailbox_->expect((cells + (guided ? cells_of(args_.uncond.dtype) : 0)) * 16 * split_.packs);
+      mailbox()->expect((cells + (guided ? cells_of(args_.uncond.dtype) : 0)) * 16 * split.packs);
     }
-    uint4* cells = cells_;
-    send(cells, args_.teacher, first[0]);
-    send(cells, args_.auxiliary, first[1]);
-    if (guided) send(cells, args_.uncond, first[2]);
+    uint4* cells = this->cells();
+    send(cells, split, args_.teacher, first[0]);
+    send(cells, split, args_.auxiliary, first[1]);
+    if (guided) send(cells, split, args_.uncond, first[2]);
   }
 
-  __device__ void send(uint4*& cells, const LogitRows& logits, int64_t first) const {
+  __device__ void send(uint4*& cells, const Split& split, const LogitRows& logits, int64_t first) const {
     const int per_pack = cells_of(logits.dtype);
     if (kHasMailbox) {
-      if (rank_ == 0 && split_.packs > 0)
-        mailbox_->copy(cells, address_of(logits, first + split_.head), per_pack * 16 * split_.packs);
+      if (rank_ == 0 && split.packs > 0)
+        mailbox()->copy(cells, address_of(logits, first + split.head), per_pack * 16 * split.packs);
     } else {
-      const char* const from = address_of(logits, first + split_.head);
-      for (int pack = rank_; pack < split_.packs; pack += threads_)
+      const char* const from = address_of(logits, first + split.head);
+      for (int pack = rank_; pack < split.packs; pack += threads_)
         for (int c = pack * per_pack; c < (pack + 1) * per_pack; ++c) copy_async(cells + c, from + c * 16);
     }
     cells += kPacks * per_pack * threads_;
@@ -178,12 +234,12 @@ class Block {
       if (args_.uncond.data != nullptr) single[2] = load_bits(args_.uncond, first[2] + split.single(rank_));
     }
     if (kHasMailbox) {
-      mailbox_->wait(phase_);
+      mailbox()->wait(phase_);
       phase_ ^= 1;
     } else {
       wait_for_copies();
     }
-    const uint4* cells = cells_;
+    const uint4* cells = this->cells();
     take_packs(cells, args_.teacher.dtype, [&](int k, const float (&numbers)[kPack]) {
 #pragma unroll
       for (int i = 0; i < kPack; ++i) fast_.z_p[k * kPack + i] = numbers[i];
@@ -205,22 +261,20 @@ class Block {
 
   const TokenDivergenceArgs& args_;
   const Rates& rates_;
+  const Divergence& divergence_;
+  char* const shared_;
   Team<0> team_;
   int rank_, threads_;
-  Mailbox* mailbox_;
-  int* ticket_;
-  uint4* cells_;
   int begin_, size_, phase_ = 0;
   FastRow<Divergence, 0, kPacks * kPack + 1> fast_;
-  // Of the row that was sent for:
-  Split split_{0, 0, 0, 0};
-  bool sent_ = false;
 };
 
 template <class Divergence, int kPacks>
 __global__ __launch_bounds__(kMostThreads, 1) void block_kernel(const __grid_constant__ TokenDivergenceArgs args,
-                                                                const __grid_constant__ Rates rates, int slice) {
-  Block<Divergence, kPacks>(args, rates, slice, shared_memory<char>()).run();
+                                                                const __grid_constant__ Rates rates,
+                                                                const __grid_constant__ Divergence divergence,
+                                                                int slice) {
+  Block<Divergence, kPacks>(args, rates, divergence, slice, shared_memory<char>()).run();
 }
 
 }  // namespace

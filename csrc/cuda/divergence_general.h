@@ -95,8 +95,9 @@ struct Softmax {
 template <class Divergence, int kLanes>
 class GeneralRow {
  public:
-  __device__ GeneralRow(const TokenDivergenceArgs& args, const Token& token, Team<kLanes>& team, void* span)
-      : args_(args), token_(token), team_(team), divergence_(args.parameter) {
+  __device__ GeneralRow(const TokenDivergenceArgs& args, const Divergence& divergence, const Token& token,
+                        Team<kLanes>& team, void* span)
+      : args_(args), divergence_(divergence), token_(token), team_(team) {
     first_elements(args, token.row, token.begin, {&args.teacher, &args.uncond, &args.auxiliary, &args.gradient},
                    first_);
     if (span != nullptr) first_[3] = 0;
@@ -211,26 +212,27 @@ class GeneralRow {
   }
 
   const TokenDivergenceArgs& args_;
+  const Divergence& divergence_;
   const Token& token_;
   Team<kLanes>& team_;
-  const Divergence divergence_;
   int64_t first_[4], gradient_stride_;
   void* gradient_;
 };
 
 template <class Divergence, int kLanes>
-__device__ Team<kLanes> general_row(const TokenDivergenceArgs& args, Token token, Team<kLanes> team,
-                                    void* span = nullptr) {
+__device__ Team<kLanes> general_row(const TokenDivergenceArgs& args, const Divergence& divergence, Token token,
+                                    Team<kLanes> team, void* span = nullptr) {
   // By value: what is passed by reference must lie in memory.
-  GeneralRow<Divergence, kLanes>(args, token, team, span).run();
+  GeneralRow<Divergence, kLanes>(args, divergence, token, team, span).run();
   return team;
 }
 
-constexpr int kColumnThreads = 512;
+constexpr int kColumnThreads = 256;
 
 // Rows whose ids lie apart, such as logits [B, V, H, W] seen as [B, H, W, V]: 32 rows a block.
 template <class Divergence>
-__global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_constant__ TokenDivergenceArgs args) {
+__global__ __launch_bounds__(kColumnThreads, 3) void columns_kernel(const __grid_constant__ TokenDivergenceArgs args,
+                                                                    const __grid_constant__ Divergence divergence) {
   Team<kColumns> team(shared_memory<float>());
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
   const bool inside = row < args.shape.rows, counts = mask_bits(args, row) != 0;
@@ -239,7 +241,7 @@ __global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_co
   // Lanes without a row, and rows that do not count, come along with no entries; begin keeps the former from writing.
   const Token token = {inside ? row : 0, inside ? 0 : 1, factor != 0.0f ? vocab : 0,
                        counts ? scale_of(args, row) : 1.0f, factor};
-  GeneralRow<Divergence, kColumns>(args, token, team, nullptr).run();
+  GeneralRow<Divergence, kColumns>(args, divergence, token, team, nullptr).run();
   if (!inside || factor != 0.0f || args.gradient.data == nullptr) return;
   const int64_t first = first_gradient(args, row, 0);
   for (int i = team.rank(); i < vocab; i += team.size())

@@ -21,8 +21,14 @@ class Lanes {
  public:
   static constexpr int kRows = kLanesBlock / kLanes;
 
-  __device__ Lanes(const TokenDivergenceArgs& args, const Rates& rates, bool dense, char* shared)
-      : args_(args), rates_(rates), dense_(dense), shared_(shared), size_(static_cast<int>(args.shape.vocab)) {}
+  __device__ Lanes(const TokenDivergenceArgs& args, const Rates& rates, const Divergence& divergence, bool dense,
+                   char* shared)
+      : args_(args),
+        rates_(rates),
+        divergence_(divergence),
+        dense_(dense),
+        shared_(shared),
+        size_(static_cast<int>(args.shape.vocab)) {}
 
   __device__ void run() {
     const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kRows, row = block_row + threadIdx.x / kLanes;
@@ -72,12 +78,12 @@ class Lanes {
              [&](int s, float z) { fast_.z_p[s] = z + token.scale * (fast_.z_p[s] - z); });
       const auto all = [&](const auto& visit) { each(visit); };
       ordinary = may_be_fast(args_) && fast_.agree(rates_, team_, all);
-      const auto take = [&](int s, float gradient) { fast_.z_q[s] = gradient; };
-      if (ordinary) ordinary = fast_.finish(args_, rates_, team_, all, token.factor, take, value);
+      const auto later = [] {};
+      if (ordinary) ordinary = fast_.finish(args_, rates_, divergence_, team_, all, token.factor, later, value);
     }
     if (!ordinary) {
       const int row_bytes = size_ << log2_bytes_of(args_.gradient.dtype);
-      general_row<Divergence, kLanes>(args_, token, team_,
+      general_row<Divergence, kLanes>(args_, divergence_, token, team_,
                                       dense_ ? gradient_span() + threadIdx.x / kLanes * row_bytes : nullptr);
       return;
     }
@@ -136,6 +142,7 @@ class Lanes {
 
   const TokenDivergenceArgs& args_;
   const Rates& rates_;
+  const Divergence& divergence_;
   const bool dense_;
   char* const shared_;
   const int size_;
@@ -145,9 +152,12 @@ class Lanes {
 };
 
 template <class Divergence, int kLanes, int kHeld>
-__global__ __launch_bounds__(kLanesBlock) void lanes_kernel(const __grid_constant__ TokenDivergenceArgs args,
-                                                            const __grid_constant__ Rates rates, bool dense) {
-  Lanes<Divergence, kLanes, kHeld>(args, rates, dense, shared_memory<char>()).run();
+__global__ __launch_bounds__(kLanesBlock,
+                             kHeld > 17 ? 4 : 6) void lanes_kernel(const __grid_constant__ TokenDivergenceArgs args,
+                                                                   const __grid_constant__ Rates rates,
+                                                                   const __grid_constant__ Divergence divergence,
+                                                                   bool dense) {
+  Lanes<Divergence, kLanes, kHeld>(args, rates, divergence, dense, shared_memory<char>()).run();
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ __device__ inline void unpack(const uint4* cells, float (&to)[kPack]) {
 }
 
 // Stores a pack whose first element lies on a 16-byte boundary.
-__device__ inline void store_pack(const LogitRows& logits, int64_t element, const float (&from)[kPack]) {
+__device__ inline void store_pack(const LogitRows& logits, int64_t element, const float* from) {
   with_type(logits.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kCell = 16 / sizeof(T);
@@ -218,8 +218,7 @@ struct Team<0> {
     return static_cast<int>(2 * sizeof(Mailbox)) + (2 * kMostNumbers * entries * 4 + 15) / 16 * 16;
   }
 
-  __device__ explicit Team(void* scratch)
-      : mailboxes_(static_cast<Mailbox*>(scratch)), entries_(warps() * cluster_size()) {
+  __device__ explicit Team(void* scratch) : mailboxes_(static_cast<Mailbox*>(scratch)) {
     if (cluster_size() == 1) return;
     if (threadIdx.x == 0) {
       mailboxes_[0].open();
@@ -236,7 +235,7 @@ struct Team<0> {
   __device__ static int rank() { return threadIdx.x; }
   __device__ static int size() { return blockDim.x; }
   __device__ static int warps() { return blockDim.x / kWarp; }
-  __device__ int entries() const { return entries_; }
+  __device__ static int entries() { return warps() * static_cast<int>(cluster_size()); }
 
   // Makes the numbers of every warp known to all: number n of warp i is at [n * entries() + i]. Good until the next but
   // one call: whoever calls again has read what came before.
@@ -244,18 +243,18 @@ struct Team<0> {
   __device__ const float* share(const float (&x)[kNumbers]) {
     const int odd = turn_ & 1, lane = threadIdx.x % kWarp;
     const int entry = static_cast<int>(cluster_rank()) * warps() + static_cast<int>(threadIdx.x) / kWarp;
-    float* const board = reinterpret_cast<float*>(mailboxes_ + 2) + odd * kMostNumbers * entries_;
-    if (entries_ == warps()) {
+    float* const board = reinterpret_cast<float*>(mailboxes_ + 2) + odd * kMostNumbers * entries();
+    if (entries() == warps()) {
       if (lane == 0) {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) board[n * entries_ + entry] = x[n];
+        for (int n = 0; n < kNumbers; ++n) board[n * entries() + entry] = x[n];
       }
       __syncthreads();
     } else {
-      if (threadIdx.x == 0) mailboxes_[odd].expect(kNumbers * entries_ * static_cast<int>(sizeof(float)));
+      if (threadIdx.x == 0) mailboxes_[odd].expect(kNumbers * entries() * static_cast<int>(sizeof(float)));
       if (lane < static_cast<int>(cluster_size())) {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) mailboxes_[odd].send(board + n * entries_ + entry, lane, x[n]);
+        for (int n = 0; n < kNumbers; ++n) mailboxes_[odd].send(board + n * entries() + entry, lane, x[n]);
       }
       mailboxes_[odd].wait(turn_ >> 1 & 1);
     }
@@ -269,14 +268,14 @@ struct Team<0> {
     constexpr Fold kinds[] = {kFolds...};
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = fold_lanes<kWarp>(kinds[n], x[n]);
-    if (entries_ == 1) return;
+    if (entries() == 1) return;
     const float* board = share(x);
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = identity_of(kinds[n]);
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < entries_; i += kWarp) {
+    for (int i = threadIdx.x % kWarp; i < entries(); i += kWarp) {
 #pragma unroll
-      for (int n = 0; n < kNumbers; ++n) x[n] = fold(kinds[n], x[n], board[n * entries_ + i]);
+      for (int n = 0; n < kNumbers; ++n) x[n] = fold(kinds[n], x[n], board[n * entries() + i]);
     }
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = fold_lanes<kWarp>(kinds[n], x[n]);
@@ -284,7 +283,7 @@ struct Team<0> {
 
  private:
   Mailbox* mailboxes_;  // two, and behind them two boards
-  int entries_, turn_ = 0;
+  int turn_ = 0;
 };
 
 // A lane of every warp of the block: 32 neighbouring rows side by side, for logits whose rows are neighbours in memory
