@@ -2,6 +2,7 @@
 // hardware's exponential. On the host, where tests run the kernels, and on older GPUs plain code stands in.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/macros.h"
@@ -16,6 +17,17 @@ __device__ inline float exp2_fast(float x) {
   return result;
 #else
   return exp2f(x);
+#endif
+}
+
+// a + b rounded down.
+__device__ inline float add_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rd(a, b);
+#else
+  const double exact = static_cast<double>(a) + static_cast<double>(b);  // of numbers no further apart than 2^29
+  const float nearest = static_cast<float>(exact);
+  return static_cast<double>(nearest) > exact ? nextafterf(nearest, -INFINITY) : nearest;
 #endif
 }
 

@@ -134,7 +134,7 @@ __device__ uint32_t find_threshold(const EachDrop& each_drop, const DrawRules& r
     each_drop([&](float drop) {
       const uint32_t bits = __float_as_uint(drop);
       if (bits > limit || !search.candidate(bits)) return;
-      const Bin weight = kMass ? static_cast<Bin>(exp2_fast(-drop * rules.rate) * kOne) : 1;
+      const Bin weight = kMass ? static_cast<Bin>(fixed(exp2_fast(-drop * rules.rate))) : 1;
       if (weight != 0) add(&histogram[search.digit(bits)], weight);
     });
     __syncthreads();

@@ -14,7 +14,25 @@
 namespace dimo::cuda {
 namespace {
 
-constexpr float kOne = 0x1p40f;  // in fixed point
+// A sum of weights in [0, 1] as multiples of 2^-40: two numbers of 20 bits, so that 33 of either sum up in 32.
+// Additions that round down cut the bits off: conversions to 64-bit integers are slow.
+struct Fixed {
+  uint32_t high = 0, low = 0;
+
+  __device__ void add(float weight) {
+    constexpr float kHigh = 8.0f, kLow = 0x1p-17f;  // numbers a little above are multiples of 2^-20 and of 2^-40
+    const float upper = add_down(weight, kHigh), lower = add_down(weight - (upper - kHigh), kLow);
+    high += __float_as_uint(upper) - 0x41000000u;
+    low += __float_as_uint(lower) - 0x37000000u;
+  }
+  __device__ Wide joined() const { return (static_cast<Wide>(high) << kHalfWeightBits) + low; }
+};
+
+__device__ inline Wide fixed(float weight) {
+  Fixed one;
+  one.add(weight);
+  return one.joined();
+}
 
 // A filter: ids that lie further than the limit below the top are dropped.
 struct Filter {
@@ -56,24 +74,26 @@ __device__ void pick(const Lanes<kLanes>& lanes, const SampleCategoricalArgs& ar
                      float row_total, int64_t row) {
   const float top = largest(lanes, z);
   float weight[kShare];
-  Wide own = 0;
+  Fixed sum;
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    weight[i] = i < share ? exp2_fast((z[i] - top) * rules.rate) * kOne : 0.0f;
-    own += static_cast<Wide>(weight[i]);
+    weight[i] = i < share ? exp2_fast((z[i] - top) * rules.rate) : 0.0f;
+    sum.add(weight[i]);
   }
+  const Wide own = sum.joined();
   const Wide through = lanes.scan(own), target = pick_target(lanes.from(kLanes - 1, through), word1, word2);
-  Wide before = through - own;
+  const Wide before = through - own;
   if (target < before || target >= through) return;
-  int id = -1;
+  int id = 0;
   float logit = 0.0f;
+  sum = Fixed();
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
-    before += static_cast<Wide>(weight[i]);
-    if (id < 0 && target < before) {
+    if (before + sum.joined() <= target) {  // at last true for the one that is picked
       id = i;
       logit = z[i];
     }
+    sum.add(weight[i]);
   }
   put(args, row, first + lanes.rank * share + id, (logit - row_top) * rules.inverse_temperature - logf(row_total));
 }

@@ -114,16 +114,16 @@ __global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(c
     if (source.guided())
       each_id(source.uncond, vocab, uncond_span, [&](int i, float z) { own.x[i] = source.mixed(own.x[i], z); });
   }
+  if (vocab % kGroup != 1) own.each([&](int i, float& z) { z = i < vocab ? z : -INFINITY; });
   float top = -INFINITY;
-  bool dead = false;  // a logit is no number, or infinite
-  own.each([&](int i, float& z) {
-    z = i < vocab ? z : -INFINITY;
-    top = fmaxf(top, z);
-    dead |= !(z < INFINITY);
-  });
-  if (dead || top == -INFINITY) return put(args, row, -1, -INFINITY);
-  own.each([&](int, float& x) { x = top - x; });
+  own.each([&](int, float z) { top = fmaxf(top, z); });
   float limit = INFINITY;
+  if constexpr (kFiltered) {
+    bool dead = top == -INFINITY;  // or a logit is no number, or infinite
+    own.each([&](int, float z) { dead |= !(z < INFINITY); });
+    if (dead) return put(args, row, -1, -INFINITY);
+  }
+  own.each([&](int, float& x) { x = top - x; });
   if constexpr (kFiltered) {
     if (rules.greedy) {
       int id = vocab;
@@ -132,31 +132,31 @@ __global__ __launch_bounds__(kLaneRows, kGuided ? 5 : 6) void lane_rows_kernel(c
     }
     if (rules.top_k > 0) limit = own.threshold(limit, static_cast<int>(rules.top_k), [](float) { return 1; });
     if (rules.top_p < 1.0) {
-      const auto mass = [&](float drop) { return static_cast<Wide>(exp2_fast(-drop * rules.rate) * kOne); };
+      const auto mass = [&](float drop) { return fixed(exp2_fast(-drop * rules.rate)); };
       Wide total = 0;
       own.each([&](int, float drop) { total += drop <= limit ? mass(drop) : 0; });
       limit = own.threshold(limit, Wide{needed_mass(rules.top_p, total)}, mass);
     }
     limit = fminf(limit, rules.min_p_drop);
   }
-  // Weights in fixed point but for the fraction.
   float sum = 0.0f;
-  Wide total = 0;
+  Fixed total;
   own.each([&](int, float& x) {
-    x = x <= limit ? exp2_fast(-x * rules.rate) * kOne : 0.0f;
+    x = !kFiltered || x <= limit ? exp2_fast(-x * rules.rate) : 0.0f;
     sum += x;
-    total += static_cast<Wide>(x);
+    total.add(x);
   });
-  const Wide target = pick_target(total, words.word[1], words.word[2]);
-  Wide before = 0;
+  if (!kFiltered && !(sum < INFINITY)) return put(args, row, -1, -INFINITY);
+  const Wide target = pick_target(total.joined(), words.word[1], words.word[2]);
+  Fixed before;
   int id = 0;
   float weight = 0.0f;
   own.each([&](int i, float x) {
-    if (before <= target) {  // at last true for the one that is picked
+    if (before.joined() <= target) {  // at last true for the one that is picked
       id = i;
       weight = x;
     }
-    before += static_cast<Wide>(x);
+    before.add(x);
   });
   put(args, row, id, logf(weight / sum));
 }
