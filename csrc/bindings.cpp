@@ -184,6 +184,26 @@ void define_fold_in(py::module_& m) {
 #endif
 }
 
+void define_uniform_words(py::module_& m) {
+  using py::arg;
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "cpu_uniform_words",
+      [](Address key, Address out, int64_t count, int) {
+        cpu::uniform_words({pointer<const int64_t>(key), pointer<int64_t>(out), count});
+      },
+      arg("key"), arg("out"), arg("count"), arg("num_threads"), no_gil);
+#if defined(DIMO_WITH_CUDA)
+  m.def(
+      "cuda_uniform_words",
+      [](Address key, Address out, int64_t count, int device_index, Address stream) {
+        on_device(device_index, stream, "uniform_words", &cuda::uniform_words,
+                  UniformWordsArgs{pointer<const int64_t>(key), pointer<int64_t>(out), count});
+      },
+      arg("key"), arg("out"), arg("count"), arg("device_index"), arg("stream"), no_gil);
+#endif
+}
+
 void define_mask_tokens(py::module_& m) {
   using py::arg;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
@@ -521,6 +541,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
   dimo::define_isa(m);
   dimo::define_fold_in(m);
+  dimo::define_uniform_words(m);
   dimo::define_token_divergence(m);
 #if defined(DIMO_WITH_CUDA)
   dimo::define_scale_gradient(m);

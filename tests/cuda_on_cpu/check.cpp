@@ -38,6 +38,13 @@ void check_fold_in(int64_t count) {
   report("fold_in", count, status, out == expected);
 }
 
+void check_uniform_words(int64_t count) {
+  Ints expected(static_cast<size_t>(count)), out = expected;
+  cpu::uniform_words({kKeys.data(), expected.data(), count});
+  const int status = cuda::uniform_words({kKeys.data(), out.data(), count}, nullptr);
+  report("uniform_words", count, status, out == expected);
+}
+
 void check_mask_tokens(int64_t length, bool bernoulli) {
   const Ints tokens(static_cast<size_t>(kBatch * length), 5);
   Ints expected = tokens, out = tokens;
@@ -229,6 +236,7 @@ int run_fault(const char* name) {
 
 int run_kernels() {
   for (const int64_t count : {1, 127, 129}) check_fold_in(count);
+  for (const int64_t count : {0, 1, 511, 513}) check_uniform_words(count);
   for (const int64_t length : {1, 5, 127, 128, 129, 700, 4100}) {
     check_mask_tokens(length, false);
     check_mask_tokens(length, true);
