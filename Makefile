@@ -15,7 +15,7 @@ CXX_SOURCES := $(shell find csrc tests/cuda_on_cpu -type f -name '*.*')
 OPERATOR_TESTS := $(patsubst %,tests/test_%.py,accuracy cross_entropy determinism divergence divergence_limits embedding gpu \
   large masked_rows masking matching_loss operators random sampling)
 
-.PHONY: help setup distill table pretrain doctor test test-full sanitize lint format docs failures bench clean
+.PHONY: help setup distill table pretrain doctor test test-full sanitize lint format docs failures bench step-table clean
 
 help:
 	@echo "make distill    set up, distil the digits teacher into a one-step generator: runs/digits/"
@@ -102,7 +102,12 @@ failures: setup
 bench: setup
 	@for file in benchmarks/bench_*.py; do \
 	  $(BIN)/python $$file --out benchmarks/results/$$(basename $$file .py).csv || exit 1; done
-	$(BIN)/python benchmarks/step_time.py --out benchmarks/results/step_time_digits.csv
+	@for preset in digits maskgit-imagenet256 meissonic-shape mdlm-owt; do \
+	  $(BIN)/python benchmarks/step_time.py $$preset --out benchmarks/results/step_time_$$preset.csv || exit 1; done
+	@$(MAKE) --no-print-directory step-table
+
+step-table: setup
+	$(BIN)/python -P scripts/step_table.py
 
 clean:
 	rm -rf $(VENV) build dist

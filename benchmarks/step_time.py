@@ -190,7 +190,7 @@ def candidates(setting: Setting, *, with_compile: bool) -> dict[str, Callable[[]
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-MOST_TURNS = 50
+LEAST_TURNS, MOST_TURNS = 2, 50
 STEPS_A_TURN = 4
 
 
@@ -247,34 +247,42 @@ def measure(makers: dict[str, Callable[[], Step]], device: torch.device, seconds
     One that needs more memory than there is has no samples.
     """
     samples = {name: Samples([], {}, {}) for name in makers}
-    begin = time.perf_counter()
+    begin, share = time.perf_counter(), seconds / LEAST_TURNS / len(makers)
     for turn in range(MOST_TURNS):
         for name, make in makers.items():
             print(f"{time.perf_counter() - begin:6.0f} s: turn {turn + 1}, {name}", file=sys.stderr, flush=True)
             try:
-                take_turn(make, device, samples[name])
+                take_turn(make, device, share, samples[name])
             except torch.OutOfMemoryError:
                 print("          out of memory", file=sys.stderr, flush=True)
             free(device)
-        if turn and time.perf_counter() - begin > seconds:
+        if turn + 1 >= LEAST_TURNS and time.perf_counter() - begin > seconds:
             break
     return samples
 
 
-def take_turn(make: Callable[[], Step], device: torch.device, into: Samples) -> None:
-    """Warm up, time whole steps, then one phase by phase."""
+def take_turn(make: Callable[[], Step], device: torch.device, seconds: float, into: Samples) -> None:
+    """Warm up, time whole steps for about ``seconds``, then one phase by phase."""
     begin, step = reset_peak(device), make()
-    for index in range(WARM_UP_CALLS + 1):  # the one beyond records the graph
-        step(index)
+    warm_up(step, device)
     if device.type == "cpu":
         reset_peak(device)  # compiling takes memory of the process, too
     clock = PhaseClock(device)
-    for index in range(4, 4 + STEPS_A_TURN):
+    deadline = clock.now() + seconds
+    for index in range(STEPS_A_TURN):
         start = clock.now()
         step(index)
         into.totals.append(1e3 * (clock.now() - start))
+        if clock.now() > deadline:
+            break
     into.peaks["whole step"] = max(into.peaks.get("whole step", 0), peak(device) - begin)
-    by_phase(step, 4 + STEPS_A_TURN, device, into)
+    by_phase(step, STEPS_A_TURN, device, into)
+
+
+def warm_up(step: Step, device: torch.device) -> None:
+    """Until code is compiled, memory is had and, on a GPU, a graph is recorded."""
+    for index in range(WARM_UP_CALLS + 1 if device.type == "cuda" else 1):
+        step(index)
 
 
 def free(device: torch.device) -> None:
@@ -319,10 +327,9 @@ def trace(makers: dict[str, Callable[[], Step]], folder: Path, device: torch.dev
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in makers.items():
         step = make()
-        for index in range(WARM_UP_CALLS + 1):
-            step(index)
+        warm_up(step, device)
         with profile(record_shapes=True) as prof:
-            step(WARM_UP_CALLS + 1)
+            step(0)
             PhaseClock(device).now()
         prof.export_chrome_trace(str(folder / f"{name.replace(', ', '_').replace(' ', '_')}.json.gz"))
         del step

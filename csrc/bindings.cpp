@@ -61,6 +61,10 @@ FoldInArgs fold_in_args(Address key, int64_t key_stride, int64_t n, Address numb
   return {pointer<const int64_t>(key), key_stride, n, pointer<const int64_t>(numbers), pointer<int64_t>(out), count};
 }
 
+UniformWordsArgs uniform_words_args(Address key, Address out, int64_t count) {
+  return {pointer<const int64_t>(key), pointer<int64_t>(out), count};
+}
+
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const Words4 words = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
   return {words.word[0], words.word[1], words.word[2], words.word[3]};
@@ -438,6 +442,7 @@ PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
 
 void define_draws(py::module_& m) {
   define_launchers(m, "fold_in", &fold_in_args, DIMO_LAUNCHERS(fold_in));
+  define_launchers(m, "uniform_words", &uniform_words_args, DIMO_LAUNCHERS(uniform_words));
   define_launchers(m, "mask_tokens", &mask_tokens_args, DIMO_LAUNCHERS(mask_tokens));
   define_launchers(m, "init_tokens", &init_tokens_args, DIMO_LAUNCHERS(init_tokens));
   define_launchers(m, "sample_categorical", &sample_categorical_args, DIMO_LAUNCHERS(sample_categorical));

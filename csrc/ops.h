@@ -49,6 +49,13 @@ struct FoldInArgs {
   int64_t count;
 };
 
+// The words that uniform numbers are made of: row 0 of the key's stream.
+struct UniformWordsArgs {
+  const int64_t* key;  // (seed, offset)
+  int64_t* out;        // [count], in [0, 2^32)
+  int64_t count;
+};
+
 enum class DivergenceKind : int32_t {
   forward_kl,
   reverse_kl,
@@ -175,6 +182,7 @@ struct PerturbEmbeddingsArgs {
 namespace cpu {
 
 void fold_in(const FoldInArgs& args, int num_threads);
+void uniform_words(const UniformWordsArgs& args, int num_threads);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 void token_divergence(const TokenDivergenceArgs& args, int num_threads);
@@ -188,6 +196,7 @@ void perturb_embeddings(const PerturbEmbeddingsArgs& args, int num_threads);
 namespace cuda {
 
 int fold_in(const FoldInArgs& args, void* stream);
+int uniform_words(const UniformWordsArgs& args, void* stream);
 int mask_tokens(const MaskTokensArgs& args, void* stream);
 int init_tokens(const InitTokensArgs& args, void* stream);
 int token_divergence(const TokenDivergenceArgs& args, void* stream);

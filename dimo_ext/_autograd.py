@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +64,44 @@ def register_saved_gradient(
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
 
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
+    def autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        forward = partial(_below_autograd, name, keyset)
+        if torch.is_grad_enabled() and inputs[0].requires_grad:
+            return _SavedGradient.apply(forward, factor, *inputs)
+        return forward(*inputs)
+
+    # torch.library.register_autograd does the same at several times the cost: it goes over the schema at each call.
+    lib.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _below_autograd(name: str, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        operator = getattr(torch.ops.dimo_ext, name).default
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+class _SavedGradient(torch.autograd.Function):
+    """An operator as :func:`register_saved_gradient` describes it."""
+
+    @staticmethod
+    def forward(ctx, operator: Callable, factor: Callable, *inputs: Any) -> tuple[Tensor, ...]:
+        output = operator(*inputs)
         ctx.set_materialize_grads(False)
         ctx.available, ctx.inputs = inputs[-1], len(inputs)
         ctx.backend = current_backend()  # the backward may run on another thread
         half = inputs[0].dtype == torch.float16
         ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
+        return output
 
-    torch.library.register_autograd(name, _backward, setup_context=setup_context, lib=lib)
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient, factor = ctx.saved_tensors
+        if upstream is None:
+            return (None,) * (2 + ctx.inputs)
+        if not ctx.available:
+            raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
+        scale = _Scale.apply if torch.is_grad_enabled() else _scale
+        return None, None, scale(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
 
 
 def factor_in_forward(receiver: Tensor, factor: Tensor | None) -> Tensor | None:
@@ -77,36 +109,32 @@ def factor_in_forward(receiver: Tensor, factor: Tensor | None) -> Tensor | None:
     return None if receiver.dtype == torch.float16 else factor
 
 
-def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradient, factor = ctx.saved_tensors
-    if upstream is None:
-        return (None,) * ctx.inputs
-    if not ctx.available:
-        raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
-    return _Scale.apply(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
-
-
 class _Scale(torch.autograd.Function):
-    """gradient × upstream; its own derivative is refused, since the operator keeps only its first one."""
+    """:func:`_scale` where a graph of the backward pass is made: the operator keeps only its first derivative."""
 
     @staticmethod
     def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str) -> Tensor:
-        if factor is None and _is_one(upstream):
-            return gradient.clone() if _is_kept() else gradient
-        if backend != "reference" and _is_plain(gradient, upstream, factor):
-            kernel = compiled_function("scale_gradient", gradient.device)
-            single = torch.float64 not in (gradient.dtype, upstream.dtype)
-            if kernel is not None and single and gradient.dim() <= MAX_DIMS:
-                return _scale_on_device(kernel, gradient, upstream, factor)
-        upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
-        upstream = upstream if factor is None else upstream * factor
-        scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
-        # A masked-out row may meet an infinite upstream: its gradient stays exactly zero.
-        return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
+        return _scale(gradient, upstream, factor, backend)
 
     @staticmethod
     def backward(ctx, *_: Tensor):
         raise RuntimeError("dimo_ext operators are once differentiable: no gradient of a gradient (create_graph=True)")
+
+
+def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str) -> Tensor:
+    """Gradient × upstream × factor."""
+    if factor is None and _is_one(upstream):
+        return gradient.clone() if _is_kept() else gradient
+    if backend != "reference" and _is_plain(gradient, upstream, factor):
+        kernel = compiled_function("scale_gradient", gradient.device)
+        single = torch.float64 not in (gradient.dtype, upstream.dtype)
+        if kernel is not None and single and gradient.dim() <= MAX_DIMS:
+            return _scale_on_device(kernel, gradient, upstream, factor)
+    upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
+    upstream = upstream if factor is None else upstream * factor
+    scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
+    # A masked-out row may meet an infinite upstream: its gradient stays exactly zero.
+    return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
 
 
 def _scale_on_device(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:

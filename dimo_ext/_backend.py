@@ -26,6 +26,7 @@ BACKENDS = ("auto", "native", "reference")
 # Every operator; the compiled module serves one natively where it has `cpu_<name>` or `cuda_<name>`.
 OPERATORS = (
     "fold_in",
+    "uniform_words",
     "token_divergence",
     "masked_cross_entropy",
     "sample_categorical",

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import reference
 from ._backend import native_kernel, placement
 from ._checks import check_device, check_integer, require, require_type
-from .philox import WORD, Tag, random_words, uniform
+from .philox import WORD, uniform
 
 _INT64_RANGE = (-(2**63), 2**63)
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define("fold_in(Tensor key, SymInt n, Tensor? n_tensor) -> Tensor")
+_LIB.define("uniform_words(Tensor key, SymInt count) -> Tensor")
 
 
 def _fold_in(key: Tensor, n: int, n_tensor: Tensor | None) -> Tensor:
@@ -42,11 +43,22 @@ def _folded_shape(key: Tensor, n_tensor: Tensor | None) -> torch.Size:
     return torch.Size([*torch.broadcast_shapes(numbers, key.shape[:-1]), 2])
 
 
+def _uniform_words(key: Tensor, count: int) -> Tensor:
+    kernel = native_kernel("uniform_words", key.device)
+    if kernel is None:
+        return reference.uniform_words(key, count)
+    key, words = key.contiguous(), key.new_empty(count)
+    kernel(key.data_ptr(), words.data_ptr(), count, *placement(key.device))
+    return words
+
+
 for _device in ("CPU", "CUDA"):
     _LIB.impl("fold_in", _fold_in, _device)
+    _LIB.impl("uniform_words", _uniform_words, _device)
 torch.library.register_fake(
     "dimo_ext::fold_in", lambda key, n, n_tensor: key.new_empty(_folded_shape(key, n_tensor)), lib=_LIB
 )
+torch.library.register_fake("dimo_ext::uniform_words", lambda key, count: key.new_empty(count), lib=_LIB)
 
 
 def random_key(seed: int | Sequence[int], offset: int = 0, *, device: torch.device | str | None = None) -> Tensor:
@@ -128,8 +140,8 @@ def random_integers(key: Tensor, count: int, high: int) -> Tensor:
 def _one_row(key: Tensor, count: int) -> Tensor:
     check_key(key)
     require(key.dim() == 1, "key", "shape [2]", list(key.shape))
-    check_integer(count, "count", low=0)
-    return random_words(key, 1, 1, count, Tag.UNIFORM)[0]
+    check_integer(count, "count", low=0, high=2**26)
+    return torch.ops.dimo_ext.uniform_words(key, count)
 
 
 def check_key(key: Tensor, *, batch_size: int | None = None, device: torch.device | None = None) -> None:

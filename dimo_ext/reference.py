@@ -33,6 +33,11 @@ def fold_in(key: Tensor, n: int, n_tensor: Tensor | None) -> Tensor:
     return words[..., 0::2] | (words[..., 1::2] << 32)
 
 
+def uniform_words(key: Tensor, count: int) -> Tensor:
+    """Words of row 0."""
+    return random_words(key, 1, 1, count, Tag.UNIFORM)[0].contiguous()
+
+
 # --- forward masking ------------------------------------------------------------------------------------------------
 
 

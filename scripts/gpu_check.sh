@@ -60,7 +60,7 @@ import dimo_ext
 info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
 kernels = (
-    *("fold_in", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy"),
+    *("fold_in", "uniform_words", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy"),
     *("sample_categorical", "reveal_ancestral", "reveal_confident", "perturb_embeddings"),
 )
 served = {name: info["operators"][name]["cuda"] for name in kernels}

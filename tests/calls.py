@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dimo_ext as dx
+from dimo_ext.random import random_integers, random_uniform
 from tests.conftest import LogitsCase
 
 
@@ -73,6 +74,7 @@ class Inputs:
 # From "operator" or "operator: variant" to a call that returns every output.
 FORWARD: dict[str, Callable[[Inputs], tuple[Tensor, ...]]] = {
     "fold_in": lambda x: (dx.fold_in(x.keys, 2**32 - 1), dx.fold_in(x.key, x.tokens)),
+    "uniform_words": lambda x: (random_uniform(x.key, 1003), random_integers(x.key, 1003, 300)),
     "token_divergence": lambda x: (dx.token_divergence(x.teacher, x.auxiliary, "alpha:0.5"),),
     "masked_cross_entropy": lambda x: (dx.masked_cross_entropy(x.student, x.tokens, x.mask),),
     "sample_categorical": lambda x: dx.sample_categorical(x.teacher, key=x.key),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dimo_ext as dx
 from dimo_ext import _backend, _checks
+from dimo_ext.random import random_uniform
 from tests import conftest
 from tests.conftest import assert_close
 
@@ -24,6 +25,7 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
 
 CALLS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "fold_in": lambda x, key: dx.fold_in(key, x["tokens"]),
+    "uniform_words": lambda x, key: random_uniform(key, 9),
     "token_divergence": lambda x, key: dx.token_divergence(x["teacher"], x["auxiliary"], "jeffreys:-0.2"),
     "masked_cross_entropy": lambda x, key: dx.masked_cross_entropy(x["student"], x["tokens"]),
     "sample_categorical": lambda x, key: dx.sample_categorical(x["teacher"], top_k=4, key=key).tokens,

@@ -126,3 +126,44 @@ def test_many_dimensions():
     """More leading dimensions than a launcher takes are served by the reference."""
     logits, targets, mask = problem(LogitsCase((1, 2, 1, 2, 1, 2, 1, 1, 2, 1), 5))
     assert_matches_float64(logits, targets, mask)
+
+
+# --- a strided vocabulary, as a convolution's output has it ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "vocab", "dtype", "smoothing", "pattern"),
+    cross(
+        [(2, 7), (2, 16), (3, 67), (1, 300), (2, 512)], [1, 7, 8, 33, 257, 600], [torch.float32, *HALF_TYPES],
+        SMOOTHINGS, ["normal", "minus_inf", "extreme"],
+    ),
+)  # fmt: skip
+def test_columns(isa, shape, vocab, dtype, smoothing, pattern):
+    """Rows that fill no register, one, several, more than are taken together; a few ids, partial sums and more."""
+    if pattern == "minus_inf" and smoothing > 0:
+        pattern = "normal"  # the value would be infinite
+    logits, targets, mask = problem(LogitsCase(shape, vocab, dtype, "vocab_first", pattern, seed=vocab))
+    assert logits.stride(-1) != 1 or vocab == 1
+    for counted in (mask, None):
+        assert_matches_float64(logits, targets, counted, label_smoothing=smoothing, reduction="none")
+    if vocab > 2:
+        assert_matches_float64(logits, targets, mask, label_smoothing=smoothing, valid_vocab=vocab - 2)
+
+
+def test_columns_keep_to_themselves(isa):
+    """NaN in rows that do not count, and in padding, reaches nothing; a diverged row's gradient is 0."""
+    logits, targets, mask = problem(LogitsCase((2, 40), 50, layout="vocab_first"))
+    logits[~mask], targets[mask] = nan, targets[mask].clamp(0, 40)
+    logits[..., 45:] = nan
+    row = tuple(mask.nonzero()[3].tolist())
+    logits[(*row, 7)] = nan
+    value, gradient = with_gradient(
+        lambda z: dx.masked_cross_entropy(z, targets, mask, reduction="none", valid_vocab=45), logits
+    )
+    assert value[row].isnan()
+    value[row] = 0.0
+    assert (value != 0).sum() == mask.sum() - 1
+    assert gradient.isfinite().all()
+    assert not gradient[~mask].any()
+    assert not gradient[row].any()
+    assert not gradient[..., 45:].any()

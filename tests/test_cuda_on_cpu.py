@@ -185,6 +185,15 @@ def test_fold_in(shim, count, order):
     assert_equals_reference(lambda: (dx.fold_in(keys, 7), dx.fold_in(keys, numbers), dx.fold_in(keys[0], numbers)))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [0, 1, 4, 511, 512, 513, 3000])
+def test_uniform_words(shim, count, order):
+    """None, part of a Philox block, one block of threads, several."""
+    shim.order(order)
+    key = dx.random_key(-3, 2**40 + 5)
+    assert_equals_reference(lambda: (torch.ops.dimo_ext.uniform_words(key, count),))
+
+
 def value_and_gradient(teacher: Tensor, auxiliary: Tensor, name: str, **options) -> tuple[Tensor, Tensor]:
     auxiliary = auxiliary.detach().requires_grad_()
     value = dx.token_divergence(teacher, auxiliary, name, **options)

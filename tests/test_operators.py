@@ -104,6 +104,11 @@ def test_opcheck_fold_in(device):
             torch.library.opcheck(OPERATORS.fold_in.default, (key, 7, n))
 
 
+@pytest.mark.parametrize("count", [0, 7])
+def test_opcheck_uniform_words(device, count):
+    torch.library.opcheck(OPERATORS.uniform_words.default, (dx.random_key(3, device=device), count))
+
+
 @pytest.mark.parametrize("seed", [1, [1, 2]])
 def test_opcheck_init_tokens(device, seed):
     torch.library.opcheck(OPERATORS.init_tokens.default, (dx.random_key(seed, device=device), 2, 7, 9, -1, 0.6))

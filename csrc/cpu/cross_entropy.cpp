@@ -35,11 +35,13 @@ double sum_of(const float* values, int64_t n) {
 void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads) {
   constexpr int64_t kEntriesPerTask = 65536;  // about 0.1 ms
   constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
+  constexpr int64_t kRowsOfColumns = 256;
   *args.factor = args.mean ? args.scale / static_cast<float>(std::max<int64_t>(count_tokens(args), 1)) : args.scale;
   const LogitRows& gradient = args.gradient;
   const int64_t bytes = args.shape.rows * args.shape.vocab * bytes_of(gradient.dtype);
-  if (gradient.data != nullptr && is_dense(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
-  const int64_t rows = kEntriesPerTask / args.shape.vocab;
+  if (gradient.data != nullptr && has_no_gaps(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
+  // Where the vocabulary is strided, many rows share what is read at once.
+  const int64_t rows = args.logits.vocab_stride == 1 ? kEntriesPerTask / args.shape.vocab : kRowsOfColumns;
   const auto kernel = DIMO_PICK(cross_entropy_rows);
   parallel_rows(args.shape.rows, std::max(rows / kRowsAcross * kRowsAcross, kRowsAcross), num_threads,
                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

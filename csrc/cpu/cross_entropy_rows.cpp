@@ -4,10 +4,12 @@
 //
 // A row is read in chunks of a buffer. The first sweep keeps a running maximum and sum, the second one writes the
 // gradient; a row of one chunk keeps its exponentials between them.
+#include <algorithm>
 #include <type_traits>
 
 #include "common/cross_entropy.h"
 #include "common/rows.h"
+#include "cpu/cross_entropy_columns.h"
 #include "cpu/isa.h"
 #include "cpu/layouts.h"
 #include "cpu/simd.h"
@@ -232,6 +234,22 @@ void run_width(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   return whole ? run_rows<Layout, kSmooth, true>(args, begin, end) : run_rows<Layout, kSmooth, false>(args, begin, end);
 }
 
+// Neighbouring rows of one run of the innermost dimension together; those that fill no register one by one.
+template <class T, bool kSmooth>
+void run_columns(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  Columns<T, kSmooth> columns(args);
+  const int64_t run = args.shape.sizes[args.shape.dims - 1];
+  for (int64_t row = begin; row < end;) {
+    const int64_t next = std::min(end, (row / run + 1) * run);
+    const int64_t count = std::min<int64_t>(next - row, Columns<T, kSmooth>::kMostRows) / kLanes * kLanes;
+    if (count > 0)
+      columns.run(row, static_cast<int>(count));
+    else
+      run_width<Across, kSmooth>(args, row, next);
+    row = count > 0 ? row + count : next;
+  }
+}
+
 template <class Layout>
 void run_smoothing(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
   const bool smooth = args.label_smoothing > 0.0f;
@@ -241,6 +259,12 @@ void run_smoothing(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void DIMO_ISA::cross_entropy_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
+  if (are_columns(args))
+    return with_type(args.logits.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      return args.label_smoothing > 0.0f ? run_columns<T, true>(args, begin, end)
+                                         : run_columns<T, false>(args, begin, end);
+    });
   const bool across = args.logits.vocab_stride != 1 || args.valid_vocab <= kShortVocab;
   return across ? run_smoothing<Across>(args, begin, end) : run_smoothing<Along>(args, begin, end);
 }

@@ -32,10 +32,17 @@ void check_fold_in(int64_t count) {
   const Ints numbers(static_cast<size_t>(count), 7);
   Ints expected(static_cast<size_t>(2 * count)), out = expected;
   FoldInArgs args = {kKeys.data(), 0, 0, numbers.data(), expected.data(), count};
-  cpu::fold_in(args);
+  cpu::fold_in(args, 1);
   args.out = out.data();
   const int status = cuda::fold_in(args, nullptr);
   report("fold_in", count, status, out == expected);
+}
+
+void check_uniform_words(int64_t count) {
+  Ints expected(static_cast<size_t>(count)), out = expected;
+  cpu::uniform_words({kKeys.data(), expected.data(), count}, 1);
+  const int status = cuda::uniform_words({kKeys.data(), out.data(), count}, nullptr);
+  report("uniform_words", count, status, out == expected);
 }
 
 void check_mask_tokens(int64_t length, bool bernoulli) {
@@ -267,6 +274,7 @@ int run_fault(const char* name) {
 
 int run_kernels() {
   for (const int64_t count : {1, 127, 129}) check_fold_in(count);
+  for (const int64_t count : {0, 1, 511, 513}) check_uniform_words(count);
   for (const int64_t length : {1, 5, 127, 128, 129, 700, 4100}) {
     check_mask_tokens(length, false);
     check_mask_tokens(length, true);

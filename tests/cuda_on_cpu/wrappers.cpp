@@ -29,6 +29,10 @@ int fold_in(const int64_t* key, int64_t key_stride, int64_t n, const int64_t* nu
   return dimo::cuda::fold_in({key, key_stride, n, numbers, out, count}, nullptr);
 }
 
+int uniform_words(const int64_t* key, int64_t* out, int64_t count) {
+  return dimo::cuda::uniform_words({key, out, count}, nullptr);
+}
+
 int mask_tokens(const int64_t* tokens, int64_t* out_tokens, bool* out_mask, int64_t batch, int64_t length, double ratio,
                 const float* ratios, const int64_t* key, int64_t key_stride, int64_t mask_id, int64_t bernoulli,
                 int64_t min_masked) {
