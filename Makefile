@@ -93,7 +93,7 @@ docs: setup
 table: setup
 	for seed in 0 1 2; do \
 	  $(BIN)/dimo distill --config configs/digits.yaml --run.seed $$seed --run.output runs/digits-$$seed \
-	    $$([ $$seed = 0 ] && echo --report.teacher-seeds 3 || echo --report.teacher-steps 1) || exit 1; done
+	    $$([ $$seed = 0 ] && echo --report.teacher-seeds 3 --report.teacher-steps 1 2 4 8 16 64 || echo --report.teacher-steps 1) || exit 1; done
 	$(BIN)/python -P scripts/digits_table.py runs/digits-0 runs/digits-1 runs/digits-2
 
 failures: setup
