@@ -47,7 +47,8 @@ def pictures(run: Run) -> str:
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     picture = f'<img src="data:image/png;base64,{data}" alt="Samples of the teacher and of the student">'
-    return f"<figure>\n{picture}\n<figcaption>A column a class or prompt, all rows with the same seeds.</figcaption>\n</figure>"
+    caption = "<figcaption>A column a class or prompt, all rows with the same seeds.</figcaption>"
+    return f"<figure>\n{picture}\n{caption}\n</figure>"
 
 
 def warnings(run: Run) -> str:
