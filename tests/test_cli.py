@@ -265,7 +265,7 @@ def published(folder: Path) -> dict[str, Path]:
         ("maskgit", "good", "good", "expected a state dict ('state_dict' or 'model' or bare tensors)"),
         ("maskgit", "missing", "vqgan", "no such file or folder; `dimo convert` writes one"),
         ("maskgit", "objects", "vqgan", "refused, it holds more than tensors (pathlib."),
-        ("amused", "good", None, "teacher kind: expected one of digits, maskgit, halton"),
+        ("muse", "good", None, "teacher kind: expected one of digits, maskgit, halton"),
     ],
 )
 def test_published_files_that_cannot_be_used(command, kind, path, tokenizer, message, tmp_path, capsys):

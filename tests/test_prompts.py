@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_a_json_lines_column(tmp_path):
 def test_broken_files_are_one_error(name, content, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         read_prompts(PromptsConfig(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize("name", ["p.txt", "P.CSV", "p.jsonl"])
+def test_a_missing_file_is_no_data_set(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=rf"prompts\.path: .*{name}: no such file"):
+        read_prompts(PromptsConfig(str(tmp_path / name)))
+    with pytest.raises(ImportError, match=r"as a Hugging Face data set needs datasets: pip install 'dimo-ext\[hub\]'"):
+        read_prompts(PromptsConfig(str(tmp_path)))
 
 
 def test_no_text_is_an_error(tmp_path):

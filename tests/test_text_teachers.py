@@ -384,3 +384,16 @@ def test_mdlm_refuses_other_files(mdlm_folder, tmp_path):
     torch.save({"state_dict": {"module.x": torch.zeros(2)}}, tmp_path / "c.ckpt")
     with pytest.raises(CheckpointError, match=r"expected weights named backbone\.\*, found module\.x"):
         dimo.load_teacher("mdlm", tmp_path / "c.ckpt")
+
+
+def test_the_encoder_stays_off_the_device_that_trains(teacher, tmp_path, monkeypatch):
+    """Where it works: with the network, until training needs the memory."""
+    devices, plain = [], teacher.encoder.encode
+    monkeypatch.setattr(
+        teacher.encoder, "encode", lambda *args, device="cpu": devices.append(str(device)) or plain(*args)
+    )
+    monkeypatch.setattr(type(teacher), "device", torch.device("cpu", 0))
+    teacher.condition(["a cat"])
+    teacher.attach_prompts(["a cat", "zebra"], PromptsConfig(cache=str(tmp_path)))
+    teacher.condition(["a cat"])
+    assert devices == ["cpu:0", "cpu:0", "cpu"]

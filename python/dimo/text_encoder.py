@@ -34,7 +34,7 @@ class EncodedText(NamedTuple):
 class PromptEncoder:
     """The encoder of a released folder; the weights are read when the first prompt comes.
 
-    Copies of a model share it, and it lives on the CPU except while it works.
+    Copies of a model share it. It stays on the device where it worked last.
     """
 
     def __init__(self, folder: str | os.PathLike, *, long_prompts: LongPrompts = "truncate") -> None:
@@ -82,8 +82,12 @@ class PromptEncoder:
         ids = self._token_ids(prompts)
         model = self._model.to(device)
         parts = [self._forward(model, part.to(device)) for part in ids.split(_BATCH)]
-        model.to("cpu")
         return EncodedText(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights, if they have been read, to make room where they are."""
+        if "_model" in vars(self):
+            self._model.to(device)
 
     def save(self, folder: Path) -> None:
         """Copy the encoder's files into ``folder``."""

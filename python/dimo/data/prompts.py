@@ -33,6 +33,8 @@ def read_prompts(config: PromptsConfig) -> list[str]:
 
 def _rows(path: Path, config: PromptsConfig) -> Iterator[str]:
     if not path.is_file():
+        if path.suffix.lower() in (".txt", *_READERS):  # nobody names a data set so
+            raise ConfigError(f"prompts.path: {path}: no such file")
         return _data_set(config)
     reader: Callable[[Path, str], Iterator[str]] = _READERS.get(path.suffix.lower(), _text)
     return _readable(path, reader(path, config.column))

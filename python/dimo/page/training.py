@@ -46,8 +46,9 @@ def pictures(run: Run) -> str:
     if run.results or not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    picture = f'<img src="data:image/png;base64,{data}" alt="Samples of the teacher and of the student by class">'
-    return f"<figure>\n{picture}\n<figcaption>A column a class, all rows with the same seeds.</figcaption>\n</figure>"
+    picture = f'<img src="data:image/png;base64,{data}" alt="Samples of the teacher and of the student">'
+    caption = "<figcaption>A column a class or prompt, all rows with the same seeds.</figcaption>"
+    return f"<figure>\n{picture}\n{caption}\n</figure>"
 
 
 def warnings(run: Run) -> str:

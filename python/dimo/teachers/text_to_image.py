@@ -81,6 +81,7 @@ class TextToImageTeacher(Teacher):
         self.seq_len = settings.grid_size**2
         self.encoder: PromptEncoder | None = None
         self.prompts: EncodedPrompts | None = None
+        self._encode_on: torch.device | None = None  # None = where the network is
         self._negative: EncodedText | None = None
 
     @abstractmethod
@@ -119,9 +120,14 @@ class TextToImageTeacher(Teacher):
         self.encoder, self._negative = PromptEncoder(folder, long_prompts=self.settings.long_prompts), None
 
     def attach_prompts(self, prompts: Sequence[str], config: PromptsConfig) -> None:
-        """Encode prompts, once, and make them those that :meth:`sample_condition` draws from."""
-        folder = config.cache or default_cache()
-        self.prompts = EncodedPrompts(prompts, self._encoder(), folder, dtype=config.dtype, device=self.device)
+        """Encode prompts, once, and make them those that :meth:`sample_condition` draws from.
+
+        The encoder works on the CPU from then on: training needs the memory.
+        """
+        encoder, folder = self._encoder(), config.cache or default_cache()
+        self.prompts = EncodedPrompts(prompts, encoder, folder, dtype=config.dtype, device=self.device)
+        self._encode_on = torch.device("cpu")
+        encoder.to(self._encode_on)
 
     def origin(self) -> dict[str, str]:
         """Return the fingerprint of the attached prompts and their encoder."""
@@ -139,8 +145,7 @@ class TextToImageTeacher(Teacher):
             return inputs
         different = list(dict.fromkeys(inputs))
         rows = torch.tensor([different.index(prompt) for prompt in inputs], device=self.device)
-        encoded = self._encoder().encode(different, device=self.device)
-        return self._with_micro_conditions(EncodedText(*(tensor[rows] for tensor in encoded)))
+        return self._with_micro_conditions(EncodedText(*(tensor[rows] for tensor in self._encode(different))))
 
     def examples(self, count: int) -> list[str]:
         """Return the first of the attached prompts, else of some that ship with the package."""
@@ -149,7 +154,7 @@ class TextToImageTeacher(Teacher):
     def null_condition(self, batch_size: int) -> Condition:
         """Return the negative prompt's condition; it is encoded once."""
         if self._negative is None:
-            self._negative = self._encoder().encode([self.settings.negative_prompt])
+            self._negative = self._encode([self.settings.negative_prompt])
         rows = (tensor.to(self.device).expand(batch_size, *tensor.shape[1:]) for tensor in self._negative)
         return self._with_micro_conditions(EncodedText(*rows))
 
@@ -174,6 +179,10 @@ class TextToImageTeacher(Teacher):
         if self.prompts is None:
             raise CheckpointError(f"prompts: kind {self.kind!r} needs some to train on, got none")
         return self._with_micro_conditions(self.prompts.rows(random_integers(key, batch_size, len(self.prompts))))
+
+    def _encode(self, prompts: Sequence[str]) -> EncodedText:
+        encoded = self._encoder().encode(prompts, device=self._encode_on or self.device)
+        return EncodedText(*(tensor.to(self.device) for tensor in encoded))
 
     def _encoder(self) -> PromptEncoder:
         if self.encoder is None:
