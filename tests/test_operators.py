@@ -174,9 +174,15 @@ def embedding_step(x: Tensor, key: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "step",
     [
-        divergence_step, matching_step, in_place_step, cross_entropy_step, sampling_step, reveal_step, masking_step,
+        divergence_step,
+        matching_step,
+        in_place_step,
+        cross_entropy_step,
+        sampling_step,
+        reveal_step,
+        masking_step,
         embedding_step,
-    ],  # fmt: skip
+    ],
 )
 def test_compiled_equals_eager(device, step: Callable[[Tensor, Tensor], Tensor]):
     """One full graph, the same value and the same gradient, and fresh draws when the key changes."""
