@@ -28,8 +28,12 @@ settings.register_profile("ci", max_examples=15, derandomize=True, database=None
 settings.register_profile("full", max_examples=200, **_SHARED)
 settings.load_profile(PROFILE)
 
-# The command line needs tyro; a machine that only checks the kernels may lack it.
-collect_ignore = [] if importlib.util.find_spec("tyro") else ["test_cli.py"]
+# The command line needs tyro, pictures need Pillow; a machine that only checks the kernels may lack them.
+_NEEDS = {
+    "tyro": ["test_cli.py", "test_sample.py", "test_teacher_pages.py"],
+    "PIL": ["test_pictures.py", "test_sample.py", "test_teacher_pages.py", "test_generator.py"],
+}
+collect_ignore = [test for module, tests in _NEEDS.items() if not importlib.util.find_spec(module) for test in tests]
 
 DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
 FALSE_ALARM = 1e-6  # how often a correct sampler fails one statistical test, were its key drawn at random

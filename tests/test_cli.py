@@ -261,7 +261,7 @@ def published(folder: Path) -> dict[str, Path]:
         ("maskgit", "halton", "vqgan", "of another layout: expected pos_emb"),
         ("maskgit", "truncated", "vqgan", "truncated or not a file of torch.save"),
         ("maskgit", "page", "vqgan", "truncated or not a file of torch.save"),
-        ("maskgit", "good", "missing", "tokenizer: expected a file of weights or a folder with last.ckpt, got"),
+        ("maskgit", "good", "missing", "missing.pth: no such file or folder"),
         ("maskgit", "good", "good", "expected a state dict ('state_dict' or 'model' or bare tensors)"),
         ("maskgit", "missing", "vqgan", "no such file or folder; `dimo convert` writes one"),
         ("maskgit", "objects", "vqgan", "refused, it holds more than tensors (pathlib."),

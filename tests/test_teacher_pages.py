@@ -19,7 +19,7 @@ from tests.golden import FIXTURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "teachers"
-TINY = ["--run.steps", "5", "--run.batch-size", "4", "--run.device", "cpu", "--run.preview-every", "5"]
+TINY = ["--run.steps", "5", "--run.batch-size", "4", "--run.preview-every", "5"]
 FILES = {
     "maskgit": {
         "MaskGIT_ImageNet_256.pth": "maskgit/MaskGIT_tiny.pth",

@@ -188,7 +188,7 @@ def _from_folder(folder: Path, cls: type[Teacher] | None, tokenizer: Any, option
         raise CheckpointError(f"{folder}: expected a teacher of kind {cls.kind!r}, got {config['kind']!r}")
     given = [*options, *(["tokenizer"] if tokenizer is not None else [])]
     if given:
-        raise CheckpointError(f"{given[0]}: belongs to a published checkpoint, {folder} holds its own")
+        raise CheckpointError(f"{given[0]}: belongs to a published checkpoint, not to {folder}, which dimo wrote")
     return model
 
 

@@ -61,6 +61,23 @@ def locate(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> 
         ) from None
 
 
+def weights_file(path: Path) -> Path:
+    """Return a file as it is, of a folder its only file of weights.
+
+    Raises:
+        CheckpointError: neither exists, or the folder holds none or several.
+    """
+    if not path.is_dir():
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file or folder")
+        return path
+    found = sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:5]) or "none"
+        raise CheckpointError(f"{path}: expected a folder with one file of weights, found {names}")
+    return found[0]
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from .diffusers_layout import WEIGHT_FILES, read_component
 from .files import import_extra
 from .networks.vqgan import VQGAN, VQGANConfig
-from .state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, locate, read_state_dict, shape_of
+from .state_dicts import (
+    CheckpointError,
+    build_on_meta,
+    count_layers,
+    load_exactly,
+    locate,
+    read_state_dict,
+    shape_of,
+    weights_file,
+)
 
 
 class Tokenizer(nn.Module, ABC):
@@ -71,16 +80,13 @@ class VQGANTokenizer(Tokenizer):
         """Load taming's ``last.ckpt`` or LlamaGen's ``vq_ds16_c2i.pt``; the weights tell which and all sizes.
 
         Args:
-            path: the file, or a folder with ``last.ckpt``; a Hugging Face id of the file.
+            path: the file, or a folder with no other weights; a Hugging Face id of the file.
             encoder: also load what turns images into tokens; sampling does without.
 
         Raises:
             CheckpointError: missing, truncated, or of another layout.
         """
-        source = locate(path)
-        source = source / "last.ckpt" if source.is_dir() else source
-        if not source.is_file():
-            raise CheckpointError(f"tokenizer: expected a file of weights or a folder with last.ckpt, got {path}")
+        source = weights_file(locate(path))
         state = read_state_dict(source, "state_dict", "model")
         llamagen = any(name.startswith("decoder.conv_blocks.") for name in state)
         state = _taming_names(state) if llamagen else state

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..networks.halton import HaltonConfig, HaltonTransformer
-from ..state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, read_state_dict, shape_of
+from ..state_dicts import (
+    CheckpointError,
+    build_on_meta,
+    count_layers,
+    load_exactly,
+    read_state_dict,
+    shape_of,
+    weights_file,
+)
 from ..tokenizers import VQGANTokenizer
 from .class_conditional import ClassConditionalTeacher
 
@@ -39,7 +47,8 @@ class HaltonTeacher(ClassConditionalTeacher):
             tokenizer: LlamaGen's VQ model, see :class:`~dimo.tokenizers.VQGANTokenizer`; None = tokens only.
             heads: None = those of the published width.
         """
-        state = read_state_dict(Path(path), "model_state_dict")
+        path = weights_file(Path(path))
+        state = read_state_dict(path, "model_state_dict")
         model = build_on_meta(lambda: cls(HaltonTransformer(cls._sizes(state, heads, path))), path)
         tied = state.pop("head.weight", None)
         if tied is not None and not torch.equal(tied, state["tok_emb.weight"]):

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..networks.maskgit import MaskGITConfig, MaskTransformer
-from ..state_dicts import CheckpointError, build_on_meta, count_layers, load_exactly, read_state_dict, shape_of
+from ..state_dicts import (
+    CheckpointError,
+    build_on_meta,
+    count_layers,
+    load_exactly,
+    read_state_dict,
+    shape_of,
+    weights_file,
+)
 from ..tokenizers import VQGANTokenizer
 from .class_conditional import ClassConditionalTeacher
 
@@ -34,13 +42,14 @@ class MaskGITTeacher(ClassConditionalTeacher):
         """Load a checkpoint of MaskGIT-pytorch v1.0, or the bare weights of Di[M]O's released generator.
 
         Args:
-            path: ``MaskGIT_ImageNet_256.pth`` (weights under "model_state_dict") or ``pytorch_model.bin``.
+            path: ``MaskGIT_ImageNet_256.pth`` (weights under "model_state_dict"), ``pytorch_model.bin`` or its folder.
             tokenizer: taming-transformers' VQGAN, see :class:`~dimo.tokenizers.VQGANTokenizer`; None = tokens only,
                 for the published 1,024 tokens.
             heads: None = those of the published width, 768.
         """
         decoder = None if tokenizer is None else VQGANTokenizer.from_original(tokenizer)
-        state = read_state_dict(Path(path), "model_state_dict")
+        path = weights_file(Path(path))
+        state = read_state_dict(path, "model_state_dict")
         vocab_size = decoder.vocab_size if decoder else MaskGITConfig.vocab_size
         model = build_on_meta(lambda: cls(MaskTransformer(cls._sizes(state, vocab_size, heads, path))), path)
         load_exactly(model.network, state, path, assign=True)
