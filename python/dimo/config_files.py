@@ -1,4 +1,4 @@
-"""Configurations from YAML files and plain values, strictly: what does not fit is one clear error that names the key."""
+"""Configurations from YAML files and plain values, strictly: what does not fit is one error that names the key."""
 
 from __future__ import annotations
 
