@@ -127,6 +127,19 @@ def test_embedding_noise(kind, teacher, golden, tokens, condition, ratio):
         torch.testing.assert_close(teacher.logits(tokens, condition, mask_ratio=ratio), rms, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", ["unit", "rms"])
+def test_embedding_noise_under_autocast_leaves_every_gradient(scale, teacher, tokens, condition, ratio):
+    """Measuring the embeddings keeps no cast of their weights without a gradient."""
+    teacher.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = teacher.logits(
+            tokens, condition, mask_ratio=ratio, embedding_noise=0.3, embedding_noise_scale=scale,
+            key=dimo_ext.random_key(0),
+        )  # fmt: skip
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in teacher.parameters())
+
+
 def test_decode_gives_images(teacher, tokens):
     images = teacher.decode(tokens.clamp(max=31))
     assert images.shape == (2, 3, 16, 16)

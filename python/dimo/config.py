@@ -347,8 +347,8 @@ class SamplerConfig:
         _check(0 <= self.guidance_scale < math.inf, "guidance_scale", "a finite number >= 0", self.guidance_scale)
         usable = self.temperature is None or 0 <= self.temperature < math.inf
         _check(usable, "temperature", "None or a finite number >= 0", self.temperature)
-        greedy = self.sampler == "confident" and self.temperature == 0
-        _check(not greedy, "temperature", "a number > 0 for the confident sampler", self.temperature)
+        greedy = self.sampler in ("confident", "amused") and self.temperature == 0
+        _check(not greedy, "temperature", f"a number > 0 for the {self.sampler} sampler", self.temperature)
         _check_seed(self.seed)
 
 
