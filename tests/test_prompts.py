@@ -236,6 +236,19 @@ def test_a_file_that_was_cut_short_is_made_anew(folder, tmp_path):
     )
 
 
+def test_numbers_that_the_type_cannot_hold_are_refused(folder, tmp_path):
+    encoder = PromptEncoder(folder)
+    encoder._model.text_projection.weight.mul_(1e8)
+    with pytest.raises(
+        ConfigError, match=r"prompts\.dtype: expected one that holds the encoder's numbers, got torch.float16"
+    ):
+        EncodedPrompts(PROMPTS, encoder, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert (
+        EncodedPrompts(PROMPTS, encoder, tmp_path, dtype="bfloat16").rows(torch.tensor([1])).pooled.abs().max() > 65504
+    )
+
+
 def test_an_interrupted_write_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     def stop(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -147,6 +147,16 @@ def test_a_sweep_of_texts(models, tmp_path, capsys):
         ),
         ("meissonic_teacher", {"prompts_file": "p.txt"}, r"prompts\.path: p\.txt: no such file"),
         ("meissonic_student", {"guidance_scale": 2.0}, "guidance_scale: expected 1 for a student"),
+        (
+            "text_teacher",
+            {"guidance_scale": 2.0, "sampler": "mdlm"},
+            "guidance_scale: expected 1 for the sampler 'mdlm'",
+        ),
+        (
+            "meissonic_teacher",
+            {"temperature": 0.0, "sampler": "amused"},
+            "temperature: expected a number > 0 for the amused",
+        ),
     ],
 )
 def test_settings_that_cannot_be(model, settings, message, models, tmp_path, monkeypatch):

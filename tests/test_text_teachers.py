@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import dimo
 import dimo_ext
@@ -124,6 +125,19 @@ def test_embedding_noise(kind, teacher, golden, tokens, condition, ratio):
 
     with teacher.network.embed.register_forward_hook(replaced):
         torch.testing.assert_close(teacher.logits(tokens, condition, mask_ratio=ratio), rms, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["unit", "rms"])
+def test_embedding_noise_under_autocast_leaves_every_gradient(scale, teacher, tokens, condition, ratio):
+    """Measuring the embeddings keeps no cast of their weights without a gradient."""
+    teacher.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = teacher.logits(
+            tokens, condition, mask_ratio=ratio, embedding_noise=0.3, embedding_noise_scale=scale,
+            key=dimo_ext.random_key(0),
+        )  # fmt: skip
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in teacher.parameters())
 
 
 def test_decode_gives_images(teacher, tokens):
@@ -397,3 +411,35 @@ def test_the_encoder_stays_off_the_device_that_trains(teacher, tmp_path, monkeyp
     teacher.attach_prompts(["a cat", "zebra"], PromptsConfig(cache=str(tmp_path)))
     teacher.condition(["a cat"])
     assert devices == ["cpu:0", "cpu:0", "cpu"]
+
+
+def test_the_layout_of_512_pixels(tmp_path):
+    """No halving of the grid; the configuration tells."""
+    golden = Golden("meissonic_transformer_512layout")
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    sizes = {name: value for name, value in golden.constructor.items() if name != "grid"}
+    (folder / "config.json").write_text(json.dumps({"_class_name": "Transformer2DModel"} | sizes))
+    save_file(golden.state, folder / "diffusion_pytorch_model.safetensors")
+    model = dimo.load_teacher("meissonic", tmp_path, grid_size=4)
+    condition = {"states": golden["in.encoder_hidden_states"], "pooled": golden["in.pooled_projections"],
+                 "micro_conditions": golden["in.micro_conds"]}  # fmt: skip
+    logits = model.logits(golden["in.hidden_states"].flatten(1), condition, mask_ratio=golden["in.timestep_ratio"])
+    wanted = golden["out.logits_timestep_ratio"].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
+    assert dimo.load_teacher("meissonic", tmp_path).settings.micro_conditions == (512.0, 512.0, 0.0, 0.0, 6.0)
+
+
+def test_weights_in_parts(tmp_path):
+    """As diffusers writes large ones: an index beside them."""
+    whole = released("meissonic", tmp_path / "whole")
+    parts = shutil.copytree(whole, tmp_path / "parts") / "transformer"
+    state = Golden(GOLDEN["meissonic"]).state
+    names = sorted(state)
+    files = {n: f"diffusion_pytorch_model-0000{1 + (n > names[40])}-of-00002.safetensors" for n in names}
+    for file in set(files.values()):
+        save_file({n: state[n] for n in names if files[n] == file}, parts / file)
+    (parts / "diffusion_pytorch_model.safetensors").unlink()
+    (parts / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    a, b = (dimo.load_teacher("meissonic", path) for path in (whole, tmp_path / "parts"))
+    assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())

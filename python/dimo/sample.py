@@ -79,6 +79,8 @@ def make_sampler(model: Teacher, entries: dict[str, Any], config: SamplerConfig)
     steps, temperature = config.steps or 16, 1.0 if config.temperature is None else config.temperature
     settings = {"mask_schedule": config.mask_schedule, "guidance_scale": config.guidance_scale}
     if sampler is sample_mdlm:  # has a schedule of its own, and nothing to guide by
+        if config.guidance_scale != 1.0:
+            raise ConfigError(f"guidance_scale: expected 1 for the sampler 'mdlm', got {config.guidance_scale}")
         settings = {}
 
     def draw(condition: Any, keys: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config import ConfigError
 from ..files import atomic_path
 from ..text_encoder import EncodedText, PromptEncoder
 
@@ -102,5 +103,8 @@ def _is_whole(path: Path, count: int) -> bool:
 
 
 def _write(path: Path, encoded: EncodedText, dtype: torch.dtype) -> None:
+    stored = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in encoded._asdict().items()}
+    if not all(tensor.isfinite().all() for tensor in stored.values()):
+        raise ConfigError(f"prompts.dtype: expected one that holds the encoder's numbers, got {dtype}")
     with atomic_path(path) as temporary:
-        save_file({name: t.to("cpu", dtype).contiguous() for name, t in encoded._asdict().items()}, temporary)
+        save_file(stored, temporary)

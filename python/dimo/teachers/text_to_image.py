@@ -103,15 +103,20 @@ class TextToImageTeacher(Teacher):
         """Return logits ``[B, L, V]``, a view of the network's ``[B, V, H, W]``."""
         perturb = None
         if embedding_noise > 0.0:
-            perturb = perturbation(self._embedded_ids(), embedding_noise, embedding_noise_scale, key)
+            table = self._embedded_ids() if embedding_noise_scale == "rms" else self.network.embed.embeddings.weight
+            perturb = perturbation(table, embedding_noise, embedding_noise_scale, key)
         grid = (self.settings.grid_size, self.settings.grid_size)
         logits = self.evaluate(tokens_BL.unflatten(1, grid), condition, mask_ratio, perturb)
         return logits.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def _embedded_ids(self) -> Tensor:
-        """Every id as the noise meets it: normed and projected."""
-        return self.network.embed(torch.arange(self.mask_id + 1, device=self.device).view(1, 1, -1))
+        """Every id as the noise meets it: normed and projected.
+
+        Without autocast, which would keep a cast of the weights that has no gradient.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self.network.embed(torch.arange(self.mask_id + 1, device=self.device).view(1, 1, -1))
 
     # --- prompts ---
 
