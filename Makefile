@@ -12,8 +12,8 @@ export DIMO_EXT_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,off)
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc dimo_ext python -type f -not -path '*/__pycache__/*' 2>/dev/null) pyproject.toml CMakeLists.txt
 CXX_SOURCES := $(shell find csrc tests/cuda_on_cpu -type f -name '*.*')
-OPERATOR_TESTS := $(patsubst %,tests/test_%.py,accuracy cross_entropy determinism divergence divergence_limits embedding gpu \
-  large masked_rows masking matching_loss operators random sampling)
+OPERATOR_TESTS := $(patsubst %,tests/test_%.py,accuracy cross_entropy determinism divergence divergence_in_place \
+  divergence_limits embedding gpu large masked_rows masking matching_loss operators random reveal sampling)
 
 .PHONY: help setup distill table pretrain doctor test test-full sanitize lint format docs failures bench step-table clean
 
