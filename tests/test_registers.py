@@ -17,7 +17,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 # Bytes a thread: a few of what goes on from row to row may lie in memory, which costs less than a block less on the
 # processor; a number of the row, which every sweep reads, may not: the 2 x 33 of a thread are 264 bytes.
-LIMIT = 48
+LIMIT = 24
 REPORT = re.compile(
     r"Compiling entry function '\S*?(lanes|block|columns)_kernel.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
     re.DOTALL,
