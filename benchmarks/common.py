@@ -131,12 +131,27 @@ def arguments(description: str | None) -> argparse.Namespace:
     """The command line of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default), help="where to run")
+    parser.add_argument("--device", type=_device, default=torch.device(default), help="where to run")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on one case")
     parser.add_argument("--vocab", type=int, nargs="*", help="these vocabularies alone, where there are several")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        torch.empty(1, device=args.device).zero_()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        parser.error(f"--device: expected one that is there, got {args.device} ({str(error).splitlines()[0]})")
+    return args
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {name}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {name}")
+    return device
 
 
 def chosen(cases: Sequence[tuple], vocab: Sequence[int] | None) -> list[tuple]:

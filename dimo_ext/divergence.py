@@ -81,6 +81,8 @@ def _divergence_gradient_(
         kernel, teacher, auxiliary, auxiliary, divergence, uncond, guidance_scale, guidance_per_sample,
         teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, True,
     )  # fmt: skip
+    if not auxiliary.is_inference():  # which have no version
+        torch.autograd.graph.increment_version(auxiliary)
     return value.sum() if reduce else value, zeroed
 
 

@@ -28,6 +28,7 @@ from dimo_ext import _backend, divergence
 from dimo_ext.divergences import DIVERGENCES
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
+from tests.test_divergence_in_place import test_it_is_the_gradient_of_the_loss as test_divergence_in_place  # noqa: F401
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
 

@@ -113,6 +113,14 @@ def test_autograd_sees_the_overwriting(device):
         product.backward()
 
 
+def test_inference_mode(device):
+    """Its tensors have no version."""
+    with torch.inference_mode():
+        teacher, auxiliary = LogitsCase((2, 3), 9).build(device)
+        assert dx.divergence_gradient_(auxiliary, teacher, "forward_kl") > 0
+        assert auxiliary.sum(-1).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("auxiliary", "message"),
     [

@@ -39,7 +39,7 @@ int launch_lanes(const TokenDivergenceArgs& args, void* stream) {
     bytes += span_bytes(*logits, kRows, args.shape.vocab);
   }
   return launch(lanes_kernel<Divergence, kLanes, kHeld>, dim3(static_cast<unsigned>(blocks)), dim3(kLanesBlock),
-                dense ? static_cast<size_t>(bytes) : 0, stream, args, Rates(args), Divergence(args.parameter), dense);
+                dense ? static_cast<size_t>(bytes) : 0, stream, args, Rates(args), dense);
 }
 
 template <class Divergence, int kPacks>
@@ -49,7 +49,6 @@ int launch_blocks(const TokenDivergenceArgs& args, void* stream) {
   const int64_t vocab = args.shape.vocab;
   int64_t cluster = (vocab + kMost - 1) / kMost;
   if (cluster > kMostBlocks || !has_clusters()) cluster = 1;  // GeneralRow takes what does not fit
-  if (cluster > kMostBlocks / 2) cluster = kMostBlocks;  // a part of the GPU holds one such cluster, whatever its size
   TokenDivergenceArgs call = args;
   if (cluster > 1) call.ticket = nullptr;
   const int64_t slice = ((vocab + cluster - 1) / cluster + kPack - 1) / kPack * kPack;

@@ -49,12 +49,8 @@ class Block {
       forget(threads_);
       const unsigned later_mask = mask_bits(args_, later);
       const int last = request(later);
-      Split split{0, 0, 0, 0};
-      bool sent = false;
-      if (counts) {
-        int64_t first[3];
-        sent = plan(row, first, split);
-      }
+      const Split split = split_;
+      const bool sent = sent_;
       const Token token = {row, begin_, size_, counts ? scale_of(args_, row) : 1.0f,
                            counts ? factor_of(args_, row) : 0.0f};
       if (counts && sent) {
@@ -127,29 +123,27 @@ class Block {
     if (!fast_.agree(rates_, team_, each)) return false;
     // In the auxiliary's own memory the gradient waits until the row is known to be ordinary: else it is read again.
     const bool wanted = args_.gradient.data != nullptr, in_place = args_.gradient.data == args_.auxiliary.data;
-    const auto store = [&] {
-      if (wanted && !in_place) write(split, first, each);
+    const bool whole = starts_cell(args_.gradient, first + split.head);
+    const auto take = [&](int s) {
+      if (wanted && !in_place) write(split, first, whole, s);
     };
     float value = 0.0f;
-    if (!fast_.finish(args_, rates_, divergence_, team_, each, token.factor, store, value)) return false;
-    if (in_place) write(split, first, each);
+    if (!fast_.finish(args_, rates_, divergence_, team_, each, token.factor, take, value)) return false;
+    if (in_place) each([&](int s) { write(split, first, whole, s); });
     if (begin_ == 0 && rank_ == 0) write_value(args_, token, value);
     return true;
   }
 
-  template <class Each>
-  __device__ void write(const Split& split, int64_t first, const Each& each) const {
+  // Writes the pack that ends with a slot, or the single element.
+  __device__ void write(const Split& split, int64_t first, bool whole, int s) const {
     const LogitRows& to = args_.gradient;
-    const bool whole = starts_cell(to, first + split.head);
-    each([&](int s) {
-      if (s == kPacks * kPack) return store_element(to, first + split.single(rank_), fast_.z_q[s]);
-      if (s % kPack != kPack - 1) return;
-      const int64_t begin = first + split.pack(rank_ + s / kPack * threads_);
-      const float* const pack = &fast_.z_q[s - (kPack - 1)];
-      if (whole) return store_pack(to, begin, pack);
+    if (s == kPacks * kPack) return store_element(to, first + split.single(rank_), fast_.z_q[s]);
+    if (s % kPack != kPack - 1) return;
+    const int64_t begin = first + split.pack(rank_ + s / kPack * threads_);
+    const float* const pack = &fast_.z_q[s - (kPack - 1)];
+    if (whole) return store_pack(to, begin, pack);
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) store_element(to, begin + i, pack[i]);
-    });
+    for (int i = 0; i < kPack; ++i) store_element(to, begin + i, pack[i]);
   }
 
   // Rows that do not count make blocks unequally fast: then a counter in memory hands out rows. The first thread asks
@@ -169,40 +163,35 @@ class Block {
     return row;
   }
 
-  // How a row falls to the threads; whether it is sent for.
-  __device__ bool plan(int row, int64_t (&first)[3], Split& split) const {
-    first_elements(args_, row, begin_, {&args_.teacher, &args_.auxiliary, &args_.uncond}, first);
-    split = Split(size_, misalignment(args_.auxiliary, first[1]), threads_, kPacks);
-    return may_be_fast(args_) && (args_.gradient.data == nullptr || args_.gradient.vocab_stride == 1) &&
-           starts_cell(args_.auxiliary, first[1] + split.head) && starts_cell(args_.teacher, first[0] + split.head) &&
-           (args_.uncond.data == nullptr || starts_cell(args_.uncond, first[2] + split.head)) &&
-           size_ - kPack * split.packs <= threads_;
-  }
-
   // Sends for a row that counts.
   __device__ void fetch(int row) {
     int64_t first[3];
-    Split split{0, 0, 0, 0};
-    if (!plan(row, first, split)) return;
+    first_elements(args_, row, begin_, {&args_.teacher, &args_.auxiliary, &args_.uncond}, first);
     const bool guided = args_.uncond.data != nullptr;
+    split_ = Split(size_, misalignment(args_.auxiliary, first[1]), threads_, kPacks);
+    sent_ = may_be_fast(args_) && (args_.gradient.data == nullptr || args_.gradient.vocab_stride == 1) &&
+            starts_cell(args_.auxiliary, first[1] + split_.head) &&
+            starts_cell(args_.teacher, first[0] + split_.head) &&
+            (!guided || starts_cell(args_.uncond, first[2] + split_.head)) && size_ - kPack * split_.packs <= threads_;
+    if (!sent_) return;
     if (kHasMailbox && rank_ == 0) {
       const int cells = cells_of(args_.teacher.dtype) + cells_of(args_.auxiliary.dtype);
-      mailbox()->expect((cells + (guided ? cells_of(args_.uncond.dtype) : 0)) * 16 * split.packs);
+      mailbox()->expect((cells + (guided ? cells_of(args_.uncond.dtype) : 0)) * 16 * split_.packs);
     }
     uint4* cells = this->cells();
-    send(cells, split, args_.teacher, first[0]);
-    send(cells, split, args_.auxiliary, first[1]);
-    if (guided) send(cells, split, args_.uncond, first[2]);
+    send(cells, args_.teacher, first[0]);
+    send(cells, args_.auxiliary, first[1]);
+    if (guided) send(cells, args_.uncond, first[2]);
   }
 
-  __device__ void send(uint4*& cells, const Split& split, const LogitRows& logits, int64_t first) const {
+  __device__ void send(uint4*& cells, const LogitRows& logits, int64_t first) const {
     const int per_pack = cells_of(logits.dtype);
     if (kHasMailbox) {
-      if (rank_ == 0 && split.packs > 0)
-        mailbox()->copy(cells, address_of(logits, first + split.head), per_pack * 16 * split.packs);
+      if (rank_ == 0 && split_.packs > 0)
+        mailbox()->copy(cells, address_of(logits, first + split_.head), per_pack * 16 * split_.packs);
     } else {
-      const char* const from = address_of(logits, first + split.head);
-      for (int pack = rank_; pack < split.packs; pack += threads_)
+      const char* const from = address_of(logits, first + split_.head);
+      for (int pack = rank_; pack < split_.packs; pack += threads_)
         for (int c = pack * per_pack; c < (pack + 1) * per_pack; ++c) copy_async(cells + c, from + c * 16);
     }
     cells += kPacks * per_pack * threads_;
@@ -267,6 +256,9 @@ class Block {
   int rank_, threads_;
   int begin_, size_, phase_ = 0;
   FastRow<Divergence, 0, kPacks * kPack + 1> fast_;
+  // Of the row that was sent for:
+  Split split_{0, 0, 0, 0};
+  bool sent_ = false;
 };
 
 template <class Divergence, int kPacks>

@@ -88,10 +88,10 @@ class FastRow {
     return fabsf(gap) < kNearTops && fabsf(moment) < kInfinity;
   }
 
-  // Puts the gradient into z_q and calls store() before the last exchange; whether the row was ordinary and its value.
-  template <class Each, class Store>
+  // Puts the gradient into z_q, slot by slot, and calls take(slot); whether the row was ordinary and its value.
+  template <class Each, class Take>
   __device__ bool finish(const TokenDivergenceArgs& args, const Rates& rates, const Divergence& divergence,
-                         Team<kLanes>& team, const Each& each, float factor, const Store& store, float& value) {
+                         Team<kLanes>& team, const Each& each, float factor, const Take& take, float& value) {
     const bool wanted = args.gradient.data != nullptr;
     forget_sweep();
     const bool mean_is_known = Divergence::kPullFromMean && rates.difference == 0.0f;
@@ -115,6 +115,7 @@ class FastRow {
       const float gradient = (t.pull - e.q * pull) * scale;
       sums[2] = fmaxf(sums[2], fabsf(gradient));
       z_q[s] = gradient;
+      take(s);
     };
     bool far = false;
     if constexpr (Divergence::kPullFromMean) far = mean_is_known && -a_.mean_x > kFarApart;
@@ -131,7 +132,6 @@ class FastRow {
         add(s, e, divergence.terms(e));
       });
     }
-    store();
     float results[] = {divergence.combine(sums[0], sums[1]), sums[2]};
     team.template fold_all<Fold::sum, Fold::max>(results);
     value = results[0];

@@ -227,12 +227,12 @@ __device__ Team<kLanes> general_row(const TokenDivergenceArgs& args, const Diver
   return team;
 }
 
-constexpr int kColumnThreads = 256;
+constexpr int kColumnThreads = 512;
 
 // Rows whose ids lie apart, such as logits [B, V, H, W] seen as [B, H, W, V]: 32 rows a block.
 template <class Divergence>
-__global__ __launch_bounds__(kColumnThreads, 3) void columns_kernel(const __grid_constant__ TokenDivergenceArgs args,
-                                                                    const __grid_constant__ Divergence divergence) {
+__global__ __launch_bounds__(kColumnThreads) void columns_kernel(const __grid_constant__ TokenDivergenceArgs args,
+                                                                 const __grid_constant__ Divergence divergence) {
   Team<kColumns> team(shared_memory<float>());
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
   const bool inside = row < args.shape.rows, counts = mask_bits(args, row) != 0;

@@ -21,11 +21,10 @@ class Lanes {
  public:
   static constexpr int kRows = kLanesBlock / kLanes;
 
-  __device__ Lanes(const TokenDivergenceArgs& args, const Rates& rates, const Divergence& divergence, bool dense,
-                   char* shared)
+  __device__ Lanes(const TokenDivergenceArgs& args, const Rates& rates, bool dense, char* shared)
       : args_(args),
         rates_(rates),
-        divergence_(divergence),
+        divergence_(args.parameter),
         dense_(dense),
         shared_(shared),
         size_(static_cast<int>(args.shape.vocab)) {}
@@ -78,7 +77,7 @@ class Lanes {
              [&](int s, float z) { fast_.z_p[s] = z + token.scale * (fast_.z_p[s] - z); });
       const auto all = [&](const auto& visit) { each(visit); };
       ordinary = may_be_fast(args_) && fast_.agree(rates_, team_, all);
-      const auto later = [] {};
+      const auto later = [](int) {};
       if (ordinary) ordinary = fast_.finish(args_, rates_, divergence_, team_, all, token.factor, later, value);
     }
     if (!ordinary) {
@@ -142,7 +141,7 @@ class Lanes {
 
   const TokenDivergenceArgs& args_;
   const Rates& rates_;
-  const Divergence& divergence_;
+  const Divergence divergence_;
   const bool dense_;
   char* const shared_;
   const int size_;
@@ -152,12 +151,9 @@ class Lanes {
 };
 
 template <class Divergence, int kLanes, int kHeld>
-__global__ __launch_bounds__(kLanesBlock,
-                             kHeld > 17 ? 4 : 6) void lanes_kernel(const __grid_constant__ TokenDivergenceArgs args,
-                                                                   const __grid_constant__ Rates rates,
-                                                                   const __grid_constant__ Divergence divergence,
-                                                                   bool dense) {
-  Lanes<Divergence, kLanes, kHeld>(args, rates, divergence, dense, shared_memory<char>()).run();
+__global__ __launch_bounds__(kLanesBlock) void lanes_kernel(const __grid_constant__ TokenDivergenceArgs args,
+                                                            const __grid_constant__ Rates rates, bool dense) {
+  Lanes<Divergence, kLanes, kHeld>(args, rates, dense, shared_memory<char>()).run();
 }
 
 }  // namespace

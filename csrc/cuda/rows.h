@@ -218,7 +218,8 @@ struct Team<0> {
     return static_cast<int>(2 * sizeof(Mailbox)) + (2 * kMostNumbers * entries * 4 + 15) / 16 * 16;
   }
 
-  __device__ explicit Team(void* scratch) : mailboxes_(static_cast<Mailbox*>(scratch)) {
+  __device__ explicit Team(void* scratch)
+      : mailboxes_(static_cast<Mailbox*>(scratch)), entries_(warps() * cluster_size()) {
     if (cluster_size() == 1) return;
     if (threadIdx.x == 0) {
       mailboxes_[0].open();
@@ -235,7 +236,7 @@ struct Team<0> {
   __device__ static int rank() { return threadIdx.x; }
   __device__ static int size() { return blockDim.x; }
   __device__ static int warps() { return blockDim.x / kWarp; }
-  __device__ static int entries() { return warps() * static_cast<int>(cluster_size()); }
+  __device__ int entries() const { return entries_; }
 
   // Makes the numbers of every warp known to all: number n of warp i is at [n * entries() + i]. Good until the next but
   // one call: whoever calls again has read what came before.
@@ -243,18 +244,18 @@ struct Team<0> {
   __device__ const float* share(const float (&x)[kNumbers]) {
     const int odd = turn_ & 1, lane = threadIdx.x % kWarp;
     const int entry = static_cast<int>(cluster_rank()) * warps() + static_cast<int>(threadIdx.x) / kWarp;
-    float* const board = reinterpret_cast<float*>(mailboxes_ + 2) + odd * kMostNumbers * entries();
-    if (entries() == warps()) {
+    float* const board = reinterpret_cast<float*>(mailboxes_ + 2) + odd * kMostNumbers * entries_;
+    if (entries_ == warps()) {
       if (lane == 0) {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) board[n * entries() + entry] = x[n];
+        for (int n = 0; n < kNumbers; ++n) board[n * entries_ + entry] = x[n];
       }
       __syncthreads();
     } else {
-      if (threadIdx.x == 0) mailboxes_[odd].expect(kNumbers * entries() * static_cast<int>(sizeof(float)));
+      if (threadIdx.x == 0) mailboxes_[odd].expect(kNumbers * entries_ * static_cast<int>(sizeof(float)));
       if (lane < static_cast<int>(cluster_size())) {
 #pragma unroll
-        for (int n = 0; n < kNumbers; ++n) mailboxes_[odd].send(board + n * entries() + entry, lane, x[n]);
+        for (int n = 0; n < kNumbers; ++n) mailboxes_[odd].send(board + n * entries_ + entry, lane, x[n]);
       }
       mailboxes_[odd].wait(turn_ >> 1 & 1);
     }
@@ -268,14 +269,14 @@ struct Team<0> {
     constexpr Fold kinds[] = {kFolds...};
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = fold_lanes<kWarp>(kinds[n], x[n]);
-    if (entries() == 1) return;
+    if (entries_ == 1) return;
     const float* board = share(x);
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = identity_of(kinds[n]);
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < entries(); i += kWarp) {
+    for (int i = threadIdx.x % kWarp; i < entries_; i += kWarp) {
 #pragma unroll
-      for (int n = 0; n < kNumbers; ++n) x[n] = fold(kinds[n], x[n], board[n * entries() + i]);
+      for (int n = 0; n < kNumbers; ++n) x[n] = fold(kinds[n], x[n], board[n * entries_ + i]);
     }
 #pragma unroll
     for (int n = 0; n < kNumbers; ++n) x[n] = fold_lanes<kWarp>(kinds[n], x[n]);
@@ -283,7 +284,7 @@ struct Team<0> {
 
  private:
   Mailbox* mailboxes_;  // two, and behind them two boards
-  int turn_ = 0;
+  int entries_, turn_ = 0;
 };
 
 // A lane of every warp of the block: 32 neighbouring rows side by side, for logits whose rows are neighbours in memory

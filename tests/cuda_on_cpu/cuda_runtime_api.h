@@ -17,8 +17,14 @@
 // process; -fsanitize=thread reports races inside a block. Only kernels are instrumented, never runtime.cpp.
 //
 // What a kernel must keep to: dimo::cuda::launch starts it, dimo::cuda::shared_memory finds its dynamic shared memory;
-// it computes in float (half types convert, nothing more) and does without cub, cooperative groups, PTX and clusters
-// (static shared memory exists once, so blocks cannot run together).
+// it computes in float (half types convert, nothing more) and does without cub, cooperative groups and PTX.
+//
+// Clusters do not run here: a launch has one block's fibers and one block's shared memory, and cuda/hopper.h, whose
+// cluster and mailbox functions are PTX, says that a cluster has one block. A row that needs several therefore takes
+// the path of GPUs without clusters (tested: vocabulary 17,001), and the exchange between blocks (Mailbox::send, its
+// phases, the bulk copies into shared memory) is executed on GPUs alone, by the same tests under scripts/gpu_check.sh.
+// To have it here, run() would keep the fibers of all blocks of a cluster, each with shared memory of its own, and
+// hopper.h's functions would need twins that count bytes.
 //
 // Not modelled: speed, registers and occupancy; the memory model (fences, races between blocks); the accuracy of __expf
 // and its kin, which are expf here; whatever stands under #if on __CUDA_ARCH__.

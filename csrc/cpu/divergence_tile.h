@@ -1,0 +1,373 @@
+// The CPU divergence of as many rows as a register takes. Logits are converted to float, mixed (guidance) and put into
+// buffers; the sweeps over them are the same for rows along and across the lanes (cpu/layouts.h).
+#pragma once
+
+#include <type_traits>
+
+#include "common/divergences.h"
+#include "common/rows.h"
+#include "cpu/divergence_softmax.h"
+#include "cpu/layouts.h"
+#include "cpu/memory.h"
+#include "cpu/simd.h"
+#include "ops.h"
+
+namespace dimo::cpu {
+namespace {
+
+struct Buffers {
+  alignas(64) float p[kBuffer];         // the teacher's logits, mixed
+  alignas(64) float q[kBuffer];         // the auxiliary's
+  alignas(64) float weight_p[kBuffer];  // their softmax, not yet normalised
+  alignas(64) float weight_q[kBuffer];
+  alignas(64) float other[kBuffer];  // unconditional logits, then the gradient
+};
+
+float scale_of(const TokenDivergenceArgs& args, int64_t row) {
+  return args.guidance != nullptr ? args.guidance[row / args.rows_per_sample] : args.guidance_scale;
+}
+
+float factor_of(const TokenDivergenceArgs& args, int64_t row) {
+  return args.factor != nullptr ? args.factor[row * args.factor_stride] : 1.0f;
+}
+
+// kWhole: a row fits the buffers, so that it is read once and every weight is computed once.
+template <class Layout, class Divergence, bool kWhole>
+class Tile {
+ public:
+  Tile(const TokenDivergenceArgs& args, Buffers& buffers)
+      : args_(args),
+        divergence_(args.parameter),
+        buffers_(buffers),
+        teacher_softmax_(args.teacher_temperature),
+        auxiliary_softmax_(args.auxiliary_temperature),
+        rate_difference_(teacher_softmax_.inverse_temperature - auxiliary_softmax_.inverse_temperature),
+        consecutive_(Layout::kRows == 1 && alike(args.teacher, args.auxiliary) &&
+                     (args.uncond.data == nullptr || alike(args.teacher, args.uncond))),
+        streams_(Layout::kRows == 1 && args.gradient.dtype == DType::float32 && args.gradient.vocab_stride == 1 &&
+                 args.shape.rows * args.shape.vocab * bytes_of(args.gradient.dtype) >= kLargeBytes) {}
+
+  ~Tile() {
+    if (streams_) finish_streams();
+  }
+
+  // Rows that count, at most Layout::kRows of them, and the one that will be run next.
+  void run(const int64_t* rows, int count, int64_t next) {
+    locate(rows, count);
+    row_ = rows[0];
+    next_ = next + Layout::kAhead < args_.shape.rows ? next + Layout::kAhead : next;
+    gather_statistics();
+    if (args_.gradient.data != nullptr) sum_pull();
+    write(rows, count);
+  }
+
+ private:
+  using Offsets = int64_t[Layout::kRows];
+
+  static bool alike(const LogitRows& a, const LogitRows& b) {
+    return a.dtype == b.dtype && a.vocab_stride == 1 && b.vocab_stride == 1;
+  }
+
+  void locate(const int64_t* rows, int count) {
+    alignas(64) float scales[Layout::kRows], factors[Layout::kRows];
+    for (int r = 0; r < Layout::kRows; ++r) {
+      const int64_t row = rows[r < count ? r : 0];  // idle lanes repeat the first row
+      int64_t offsets[4];
+      row_offsets(args_.shape, row, {&args_.teacher, &args_.uncond, &args_.auxiliary, &args_.gradient}, offsets);
+      teacher_[r] = offsets[0];
+      uncond_[r] = offsets[1];
+      auxiliary_[r] = offsets[2];
+      gradient_[r] = offsets[3];
+      scales[r] = scale_of(args_, row);
+      factors[r] = factor_of(args_, row);
+    }
+    scale_ = Layout::of_rows(scales);
+    factor_ = Layout::of_rows(factors);
+  }
+
+  // What is read and written after the first sweep, which fetches it, from id begin of a row on.
+  Ahead look_ahead(int64_t row, int64_t begin) const {
+    const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary,
+                                        streams_ ? &args_.auxiliary : &args_.gradient};
+    Ahead ahead;
+    for (int t = 0; t < Ahead::kTensors; ++t) {
+      const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.auxiliary;
+      const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
+      ahead.data[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
+      // Short rows follow one another, so do the rows of one id where the vocabulary is strided.
+      ahead.step[t] = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
+    }
+    return ahead;
+  }
+
+  void read(const LogitRows& logits, const Offsets& offsets, int64_t begin, int64_t n, float* to) const {
+    with_type(logits.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Layout::read(static_cast<const T*>(logits.data), logits.vocab_stride, offsets, begin, n, to);
+    });
+  }
+
+  // Fills the buffers with ids [begin, begin + n) and raises the tops.
+  void prepare(int64_t begin, int64_t n, Tops& tops) const {
+    if (consecutive_) {
+      with_type(args_.teacher.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const auto at = [&](const LogitRows& logits, const Offsets& offsets) {
+          return logits.data == nullptr ? nullptr : static_cast<const T*>(logits.data) + offsets[0] + begin;
+        };
+        mix(guidance_, at(args_.teacher, teacher_), at(args_.uncond, uncond_), at(args_.auxiliary, auxiliary_), scale_,
+            n, buffers_.p, buffers_.q, tops);
+      });
+      return;
+    }
+    read(args_.teacher, teacher_, begin, n, buffers_.p);
+    read(args_.auxiliary, auxiliary_, begin, n, buffers_.q);
+    if (guidance_ != Guidance::off) read(args_.uncond, uncond_, begin, n, buffers_.other);
+    const float *p = buffers_.p, *u = buffers_.other, *q = buffers_.q;
+    mix(guidance_, p, u, q, scale_, n * Layout::kRows, buffers_.p, buffers_.q, tops);
+  }
+
+  // Calls visit(begin, n) for the chunks of the vocabulary.
+  template <class Visit>
+  void each_chunk(const Visit& visit) const {
+    constexpr int64_t kChunk =
+        kWhole ? Layout::kCapacity : Layout::kCapacity / 4;  // short ones stay in the first cache
+    for (int64_t begin = 0; begin < args_.shape.vocab; begin += kChunk)
+      visit(begin, args_.shape.vocab - begin < kChunk ? args_.shape.vocab - begin : kChunk);
+  }
+
+  // The same in a sweep after the first one.
+  template <class Visit>
+  void each_chunk_again(const Visit& visit) const {
+    each_chunk([&](int64_t begin, int64_t n) {
+      Tops tops;
+      if constexpr (!kWhole) prepare(begin, n, tops);
+      visit(begin, n);
+    });
+  }
+
+  // Calls visit(last, i) for the registers of a chunk, where last, a constant of its type, says that the register is
+  // filled up with -inf.
+  template <class Visit>
+  DIMO_INLINE static void each_register(int64_t n, const Visit& visit) {
+    const int64_t full = Layout::full(n) * kLanes;
+    for (int64_t i = 0; i < full; i += kLanes) visit(std::false_type{}, i);
+    if (Layout::kRows == 1 && full < n) visit(std::true_type{}, full);
+  }
+
+  // Differences of logits, 0 where the register is filled up.
+  template <bool kLast>
+  DIMO_INLINE Vec difference(int64_t n, int64_t i, Vec z_p, Vec z_q) const {
+    const Vec d = z_p - z_q;
+    if constexpr (kLast) return lane_numbers() < static_cast<int32_t>(n - i) ? d : Vec{};
+    return d;
+  }
+
+  void gather_statistics() {
+    guidance_ = args_.uncond.data == nullptr || all(scale_ == 1.0f) ? Guidance::off
+                : any(scale_ == 1.0f)                               ? Guidance::careful
+                                                                    : Guidance::quick;
+    sum_weights();
+    if (guidance_ == Guidance::quick && any(~is_finite(moment_))) {
+      guidance_ = Guidance::careful;
+      sum_weights();
+    }
+    const Int clean = is_finite(moment_);  // -inf makes it NaN or infinite
+    filtered_ = any(~clean) || args_.teacher_log_floor > -kInfinity;
+    teacher_softmax_.finish(Layout::sum_over_row(teacher_softmax_.sum));
+    auxiliary_softmax_.finish(Layout::sum_over_row(auxiliary_softmax_.sum));
+    // log p - log q comes from the logits' difference, which is exact where they nearly agree; where the tops lie far
+    // apart, from what is left above them.
+    const Vec gap = (teacher_softmax_.top - auxiliary_softmax_.top) * auxiliary_softmax_.inverse_temperature;
+    const Int near = VecMath::abs(gap) < kNearTops;
+    base_p_ = near ? Vec{} : teacher_softmax_.top;
+    base_q_ = near ? Vec{} : auxiliary_softmax_.top;
+    shift_ = (near ? gap : Vec{}) + (teacher_softmax_.log_sum - auxiliary_softmax_.log_sum);
+    dead_ = (teacher_softmax_.sum == 0.0f) | (auxiliary_softmax_.sum == 0.0f);
+    mean_x_ = moment_ * auxiliary_softmax_.inverse_sum * auxiliary_softmax_.inverse_temperature - shift_;
+    const bool ordinary = rate_difference_ == 0.0f && args_.teacher_log_floor == -kInfinity;
+    ordinary_ = ordinary ? clean & near : Int{};
+    far_ = ordinary_ & (mean_x_ < -kFarApart);
+  }
+
+  // Sums and tops of both sides, and the sum of q's weights times z_p - z_q.
+  void sum_weights() {
+    teacher_softmax_ = Softmax(args_.teacher_temperature);
+    auxiliary_softmax_ = Softmax(args_.auxiliary_temperature);
+    moment_ = Vec{};
+    each_chunk([&](int64_t begin, int64_t n) {
+      Tops tops{teacher_softmax_.highest, auxiliary_softmax_.highest};
+      prepare(begin, n, tops);
+      Ahead ahead = kWhole ? look_ahead(next_, 0) : look_ahead(row_, begin + n);
+      teacher_softmax_.raise(Layout::max_over_row(tops.p));
+      moment_ *= auxiliary_softmax_.raise(Layout::max_over_row(tops.q));
+      const Softmax teacher = teacher_softmax_, auxiliary = auxiliary_softmax_;
+      Vec sum_p = Vec{}, sum_q = Vec{}, moment = Vec{};
+      each_register(n, [&](auto last, int64_t i) {
+        ahead.fetch();
+        const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
+        const Vec p = teacher.weight(z_p), q = auxiliary.weight(z_q);
+        sum_p += p;
+        sum_q += q;
+        moment += q * difference<decltype(last)::value>(n, i, z_p, z_q);
+        if constexpr (kWhole) {
+          store(buffers_.weight_p + i, p);
+          store(buffers_.weight_q + i, q);
+        }
+      });
+      teacher_softmax_.sum += sum_p;
+      auxiliary_softmax_.sum += sum_q;
+      moment_ += moment;
+    });
+    moment_ = Layout::sum_over_row(moment_);
+  }
+
+  DIMO_INLINE Vec prob_p(int64_t i, Vec z) const {
+    return (kWhole ? load(buffers_.weight_p + i) : teacher_softmax_.weight(z)) * teacher_softmax_.inverse_sum;
+  }
+  DIMO_INLINE Vec prob_q(int64_t i, Vec z) const {
+    return (kWhole ? load(buffers_.weight_q + i) : auxiliary_softmax_.weight(z)) * auxiliary_softmax_.inverse_sum;
+  }
+
+  // The terms of the register at i; only a filtered one may hold -inf.
+  template <bool kFiltered>
+  DIMO_INLINE Terms<Vec> terms(int64_t i, Vec& q) const {
+    const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
+    q = prob_q(i, z_q);
+    const Vec x = ((z_p - base_p_) - (z_q - base_q_)) * auxiliary_softmax_.inverse_temperature +
+                  ((z_p - teacher_softmax_.top) * rate_difference_ - shift_);
+    const Entry<Vec> entry = {prob_p(i, z_p), q, teacher_softmax_.log_prob(z_p), auxiliary_softmax_.log_prob(z_q), x};
+    Terms<Vec> t;
+    if constexpr (kFiltered)
+      t = terms_at<VecMath>(divergence_, with_floor<VecMath>(entry, args_.teacher_log_floor));
+    else
+      t = divergence_.terms(entry);
+    if constexpr (Divergence::kPullFromMean && Layout::kRows > 1) {
+      const Terms<Vec> plain = divergence_.plain_terms(entry);
+      t = {far_ ? plain.value : t.value, far_ ? plain.second : t.second, far_ ? plain.pull : t.pull};
+    }
+    return t;
+  }
+
+  // The same where every row is far.
+  template <bool kLast>
+  DIMO_INLINE Terms<Vec> plain_terms(int64_t n, int64_t i, Vec& q) const {
+    const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
+    q = prob_q(i, z_q);
+    const Vec x = difference<kLast>(n, i, z_p, z_q) * auxiliary_softmax_.inverse_temperature - shift_;
+    return divergence_.plain_terms({prob_p(i, z_p), q, Vec{}, Vec{}, x});
+  }
+
+  // Calls visit(i, q, terms) for the registers of a chunk.
+  template <class Visit>
+  DIMO_INLINE void each_terms(int64_t n, const Visit& visit) const {
+    Vec q;
+    if (filtered_)
+      for (int64_t i = 0; i < Layout::padded(n) * kLanes; i += kLanes) {
+        const Terms<Vec> t = terms<true>(i, q);
+        visit(i, q, t);
+      }
+    else
+      each_register(n, [&](auto last, int64_t i) {
+        const Terms<Vec> t = terms<decltype(last)::value>(i, q);
+        visit(i, q, t);
+      });
+  }
+
+  void sum_pull() {
+    Vec pull = Vec{};
+    if (!Divergence::kPullFromMean || any(~ordinary_)) {
+      each_chunk_again([&](int64_t, int64_t n) {
+        Vec part = Vec{};
+        each_terms(n, [&](int64_t, Vec, const Terms<Vec>& t) { part += t.pull; });
+        pull += part;
+      });
+      pull = Layout::sum_over_row(pull);
+    }
+    if constexpr (Divergence::kPullFromMean) pull = ordinary_ ? divergence_.pull_from_mean(mean_x_) : pull;
+    pull_ = pull;
+  }
+
+  void write(const int64_t* rows, int count) {
+    Vec value = Vec{}, second = Vec{};
+    Int largest = Int{};  // magnitude of the gradient; as integers, NaN lies above infinity
+    const bool wanted = args_.gradient.data != nullptr;
+    const Vec scale = (args_.factor_in_gradient ? factor_ : VecMath::splat(1.0f)) / args_.auxiliary_temperature;
+    each_chunk_again([&](int64_t begin, int64_t n) {
+      Vec part = Vec{}, second_part = Vec{};
+      const Vec pull = pull_;
+      const auto add = [&](int64_t i, Vec q, const Terms<Vec>& t) {
+        part += t.value;
+        if constexpr (Divergence::kTwoValues) second_part += t.second;
+        if (!wanted) return;
+        const Vec g = (t.pull - q * pull) * scale;
+        const Int magnitude = reinterpret_cast<Int>(g) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+        store(buffers_.other + i, g);
+      };
+      bool far = false;
+      if constexpr (Divergence::kPullFromMean) {
+        far = all(far_);
+        if (far)
+          each_register(n, [&](auto last, int64_t i) {
+            Vec q;
+            const Terms<Vec> t = plain_terms<decltype(last)::value>(n, i, q);
+            add(i, q, t);
+          });
+      }
+      if (!far) each_terms(n, add);
+      value += part;
+      second += second_part;
+      if (wanted) store_gradient(begin, n, count);
+    });
+    const float bound = wanted ? overflow_bound(args_.gradient.dtype) : kInfinity;
+    const Int usable = largest < reinterpret_cast<Int>(VecMath::splat(bound));
+    finish(rows, count, Layout::sum_over_row(value), Layout::sum_over_row(second), usable);
+  }
+
+  void store_gradient(int64_t begin, int64_t n, int count) const {
+    if (streams_) {
+      stream_run(buffers_.other, n, static_cast<float*>(args_.gradient.data) + gradient_[0] + begin);
+      return;
+    }
+    with_type(args_.gradient.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Layout::write(buffers_.other, args_.gradient.vocab_stride, gradient_, count, begin, n,
+                    static_cast<T*>(args_.gradient.data));
+    });
+  }
+
+  void finish(const int64_t* rows, int count, Vec value, Vec second, Int usable) const {
+    if (Layout::kRows == 1) usable = all(usable) ? ~Int{} : Int{};
+    const Vec divergence = dead_ ? Vec{} : divergence_.combine(value, second);
+    const Int lost = ~dead_ & (~usable | (divergence != divergence));
+    float values[kLanes];
+    store(values, divergence * factor_);
+    for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
+    if (args_.gradient.data == nullptr || !any(dead_ | lost)) return;
+    for (int r = 0; r < count; ++r) {
+      if (dead_[r] != 0 || lost[r] != 0) zero_row(args_.shape, args_.gradient, rows[r]);
+      if (lost[r] != 0) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
+    }
+  }
+
+  const TokenDivergenceArgs& args_;
+  const Divergence divergence_;
+  Buffers& buffers_;
+  Offsets teacher_ = {}, uncond_ = {}, auxiliary_ = {}, gradient_ = {};
+  Vec scale_ = Vec{}, factor_ = Vec{}, pull_ = Vec{}, moment_ = Vec{};
+  Guidance guidance_ = Guidance::off;
+  Softmax teacher_softmax_, auxiliary_softmax_;
+  const float rate_difference_;
+  int64_t row_ = 0, next_ = 0;
+  const bool consecutive_;  // every tensor's rows, in one storage type, and along the lanes
+  const bool streams_;      // the gradient goes past the caches
+  Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};
+  Vec mean_x_ = Vec{};  // sum q x, where the row is ordinary
+  Int dead_ = Int{}, ordinary_ = Int{};
+  Int far_ = Int{};  // ordinary rows that need no series
+  bool filtered_ = false;
+};
+
+}  // namespace
+}  // namespace dimo::cpu
