@@ -53,7 +53,8 @@ void check_mask_tokens(int64_t length, bool bernoulli) {
                          2,
                          -7,
                          1,
-                         bernoulli};
+                         bernoulli,
+                         MaskSchedule::linear};
   cpu::mask_tokens(args, kThreads);
   args.out_tokens = out.data();
   args.out_mask = reinterpret_cast<bool*>(mask.data());
@@ -247,7 +248,9 @@ void check_perturb_embeddings(int64_t width) {
                                         kKeys.data(),
                                         2,
                                         0.6,
-                                        &scale};
+                                        &scale,
+                                        nullptr,
+                                        0};
     if (on_gpu)
       status = cuda::perturb_embeddings(args, nullptr);
     else
