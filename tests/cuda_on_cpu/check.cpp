@@ -32,7 +32,7 @@ void check_fold_in(int64_t count) {
   const Ints numbers(static_cast<size_t>(count), 7);
   Ints expected(static_cast<size_t>(2 * count)), out = expected;
   FoldInArgs args = {kKeys.data(), 0, 0, numbers.data(), expected.data(), count};
-  cpu::fold_in(args);
+  cpu::fold_in(args, kThreads);
   args.out = out.data();
   const int status = cuda::fold_in(args, nullptr);
   report("fold_in", count, status, out == expected);
