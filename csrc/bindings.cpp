@@ -34,7 +34,7 @@ void check_length(const char* op, int64_t length) {
 
 MaskTokensArgs mask_tokens_args(Address tokens, Address out_tokens, Address out_mask, int64_t batch, int64_t length,
                                 double ratio, Address ratios, Address key, int64_t key_stride, int64_t mask_id,
-                                bool bernoulli, int64_t min_masked) {
+                                bool bernoulli, int64_t min_masked, int schedule) {
   check_length("mask_tokens", length);
   return {pointer<const int64_t>(tokens),
           pointer<int64_t>(out_tokens),
@@ -47,7 +47,8 @@ MaskTokensArgs mask_tokens_args(Address tokens, Address out_tokens, Address out_
           key_stride,
           mask_id,
           min_masked,
-          bernoulli};
+          bernoulli,
+          static_cast<MaskSchedule>(schedule)};
 }
 
 InitTokensArgs init_tokens_args(Address out_tokens, int64_t batch, int64_t length, double ratio, Address key,
@@ -423,10 +424,11 @@ RevealConfidentArgs reveal_confident_args(const std::vector<int64_t>& sizes,
           noise_scale};
 }
 
+// embeddings: read, written; ids: address, rows of the table.
 PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
                                               const std::array<std::optional<LogitsArgument>, 2>& embeddings,
                                               int64_t rows_per_sample, const std::tuple<Address, int64_t>& key,
-                                              double sigma, Address scale) {
+                                              double sigma, Address scale, const std::tuple<Address, int64_t>& ids) {
   check_length("perturb_embeddings", sizes.empty() ? 0 : sizes.back());
   const RowShape shape = row_shape(sizes);
   const size_t dims = static_cast<size_t>(shape.dims);
@@ -437,7 +439,9 @@ PerturbEmbeddingsArgs perturb_embeddings_args(const std::vector<int64_t>& sizes,
           pointer<const int64_t>(std::get<0>(key)),
           std::get<1>(key),
           sigma,
-          pointer<const float>(scale)};
+          pointer<const float>(scale),
+          pointer<const int64_t>(std::get<0>(ids)),
+          std::get<1>(ids)};
 }
 
 void define_draws(py::module_& m) {
@@ -448,7 +452,8 @@ void define_draws(py::module_& m) {
   define_launchers(m, "sample_categorical", &sample_categorical_args, DIMO_LAUNCHERS(sample_categorical));
   define_launchers(m, "reveal_ancestral", &reveal_ancestral_args, DIMO_LAUNCHERS(sample_categorical));
   define_launchers(m, "reveal_confident", &reveal_confident_args, DIMO_LAUNCHERS(reveal_confident));
-  define_launchers(m, "perturb_embeddings", &perturb_embeddings_args, DIMO_LAUNCHERS(perturb_embeddings));
+  for (const char* name : {"perturb_embeddings", "embed_and_perturb"})
+    define_launchers(m, name, &perturb_embeddings_args, DIMO_LAUNCHERS(perturb_embeddings));
 }
 
 }  // namespace

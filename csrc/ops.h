@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/masking.h"
 #include "common/rows.h"
 
 namespace dimo {
@@ -25,6 +26,7 @@ struct MaskTokensArgs {
   int64_t mask_id;
   int64_t min_masked;
   bool bernoulli;
+  MaskSchedule schedule;  // the ratios are r of the numbers given
 };
 
 // The student's input: uniform random ids below vocab_size, of which exactly rint(ratio * length) a row become mask_id.
@@ -167,7 +169,8 @@ struct RevealConfidentArgs {
   double noise_scale;
 };
 
-// sigma * scale * standard normal + sqrt(1 - sigma^2) * embeddings, rounded once.
+// sigma * scale * standard normal + sqrt(1 - sigma^2) * embeddings, rounded once. With ids the embeddings are a table,
+// and each row is that of its id (ids outside the table: the first or the last).
 struct PerturbEmbeddingsArgs {
   RowShape shape;  // the width is its vocab
   LogitRows embeddings;
@@ -177,6 +180,8 @@ struct PerturbEmbeddingsArgs {
   int64_t key_stride;
   double sigma;
   const float* scale;  // one number
+  const int64_t* ids;  // [rows] or null
+  int64_t table_rows;
 };
 
 namespace cpu {

@@ -13,9 +13,9 @@ Conventions:
         of -inf alone gives, and one with NaN or +inf.
     Masks: True is masked, which is what losses count. A row that is not counted gives value 0 and gradient 0 whatever
         it holds.
-    Gradients: of the losses and of ``perturb_embeddings``, by ``backward()``; the teacher's side, masks, weights and
-        scales are constants. A loss can be differentiated once: a gradient of its gradient, ``torch.func.grad`` and
-        forward mode (jvp) raise RuntimeError.
+    Gradients: of the losses, of ``perturb_embeddings`` and of ``embed_and_perturb``, by ``backward()``; the teacher's
+        side, masks, weights and scales are constants. A loss can be differentiated once: a gradient of its gradient,
+        ``torch.func.grad`` and forward mode (jvp) raise RuntimeError.
     Randomness: draws are a pure function of the arguments and of ``key``, made by ``random_key`` and ``fold_in``. A
         ``[2]`` key serves the whole batch; with ``[B, 2]`` keys a sample's draws depend on its own key alone, not on
         the batch that it is drawn in. Operators draw independently from one key, but two calls of one operator need
@@ -64,7 +64,7 @@ from .divergences import (
     TotalVariation,
     parse_divergence,
 )
-from .embedding import perturb_embeddings
+from .embedding import embed_and_perturb, perturb_embeddings
 from .masking import MaskedTokens, init_tokens, mask_tokens
 from .random import fold_in, random_key
 from .reveal import reveal_ancestral, reveal_confident
@@ -88,6 +88,7 @@ __all__ = [
     "build_info",
     "distribution_matching_loss",
     "divergence_gradient_",
+    "embed_and_perturb",
     "fold_in",
     "init_tokens",
     "mask_tokens",

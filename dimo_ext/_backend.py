@@ -35,6 +35,7 @@ OPERATORS = (
     "mask_tokens",
     "init_tokens",
     "perturb_embeddings",
+    "embed_and_perturb",
 )
 
 _REINSTALL = "To get the compiled kernels, install from source with a C++17 compiler: `pip install --force-reinstall .`"

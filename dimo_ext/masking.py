@@ -19,11 +19,12 @@ from ._checks import (
     split_scalar_or_per_sample,
 )
 from .random import resolve_key
+from .schedules import MASK_SCHEDULES
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
     "mask_tokens(Tensor tokens, Tensor key, float ratio, Tensor? ratio_per_sample, int mask_id, bool bernoulli, "
-    "int min_masked) -> (Tensor, Tensor)"
+    "int min_masked, str schedule='linear') -> (Tensor, Tensor)"
 )
 _LIB.define(
     "init_tokens(Tensor key, SymInt batch_size, SymInt seq_len, int vocab_size, int mask_id, float r_init) -> Tensor"
@@ -42,17 +43,17 @@ class MaskedTokens(NamedTuple):
     mask: Tensor
 
 
-def _mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked):
+def _mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked, schedule="linear"):
     kernel = native_kernel("mask_tokens", tokens.device)
     if kernel is None:
-        return reference.mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked)
+        return reference.mask_tokens(tokens, key, ratio, ratio_per_sample, mask_id, bernoulli, min_masked, schedule)
     tokens, key = tokens.contiguous(), key.contiguous()
     masked, mask = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.bool)
     per_sample = None if ratio_per_sample is None else ratio_per_sample.contiguous()
     kernel(
         tokens.data_ptr(), masked.data_ptr(), mask.data_ptr(), *tokens.shape, ratio,
         0 if per_sample is None else per_sample.data_ptr(), key.data_ptr(), 2 if key.dim() == 2 else 0,
-        mask_id, bernoulli, min_masked, *placement(tokens.device),
+        mask_id, bernoulli, min_masked, MASK_SCHEDULES.index(schedule), *placement(tokens.device),
     )  # fmt: skip
     return masked, mask
 
@@ -89,6 +90,7 @@ def mask_tokens(
     mask_ratio: float | Tensor,
     mask_id: int,
     *,
+    schedule: str = "linear",
     mode: str = "exact",
     min_masked: int = 1,
     generator: torch.Generator | None = None,
@@ -104,6 +106,8 @@ def mask_tokens(
         tokens: int64 ``[B, L]``, or ``[L]`` for one sample; L up to 65,536.
         mask_ratio: a float in [0, 1], or a ``[B]`` tensor (its values are clamped to [0, 1]; NaN counts as 0).
         mask_id: the id written; any integer.
+        schedule: gives the ratio from ``mask_ratio`` as a time u in [0, 1]: "linear" u itself, "square" u², "cosine"
+            cos(π(1-u)/2), "arccos" 2·arccos(1-u)/π, or "mage", MAGE's truncated normal (arXiv 2211.09117).
         mode: "exact" or "bernoulli".
         min_masked: at least so many positions are masked in each sample.
         generator: where the key is drawn from; None = the device's default generator.
@@ -131,10 +135,13 @@ def mask_tokens(
     ratio, per_sample = split_scalar_or_per_sample(mask_ratio, "mask_ratio", batch, device, low=0.0, high=1.0)
     per_sample = None if per_sample is None else per_sample.to(torch.float32)
     check_integer(mask_id, "mask_id", low=-(2**63), high=2**63 - 1)
+    check_choice(schedule, "schedule", MASK_SCHEDULES)
     bernoulli = check_choice(mode, "mode", ("exact", "bernoulli")) == "bernoulli"
     check_integer(min_masked, "min_masked", low=0, high=2**63 - 1)
     key = resolve_key(key, generator, batch_size=batch, device=device)
-    masked, mask = torch.ops.dimo_ext.mask_tokens(rows, key, ratio, per_sample, mask_id, bernoulli, min_masked)
+    masked, mask = torch.ops.dimo_ext.mask_tokens(
+        rows, key, ratio, per_sample, mask_id, bernoulli, min_masked, schedule
+    )
     return MaskedTokens(masked.view(tokens.shape), mask.view(tokens.shape))
 
 

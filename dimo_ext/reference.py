@@ -15,6 +15,7 @@ from torch import Tensor
 from . import divergences as names
 from ._autograd import factor_in_forward, token_factor
 from .philox import WORD, Tag, philox, random_words, uniform
+from .schedules import mask_ratio
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
 _NEAR_TOPS = 16.0  # nats: up to here the largest logits of both sides count as near
@@ -43,13 +44,18 @@ def uniform_words(key: Tensor, count: int) -> Tensor:
 
 def mask_tokens(
     tokens: Tensor, key: Tensor, ratio: float, ratio_per_sample: Tensor | None, mask_id: int, bernoulli: bool,
-    min_masked: int,
+    min_masked: int, schedule: str = "linear",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mask the k positions with the smallest words; "exact" fixes k, "bernoulli" counts words below the ratio."""
+    """Mask the k positions with the smallest words; "exact" fixes k, "bernoulli" counts words below the ratio.
+
+    The schedule is evaluated in float64, so that rounding it to float32 gives the same number everywhere.
+    """
     batch, length = tokens.shape
     words = random_words(key, batch, 1, length, Tag.MASK_TOKENS)
     if ratio_per_sample is None:
         ratio_per_sample = torch.full((batch,), ratio, dtype=torch.float32, device=tokens.device)
+    if schedule != "linear":
+        ratio_per_sample = mask_ratio(schedule, _clamped(ratio_per_sample.double())).to(torch.float32)
     if bernoulli:
         count = _happens(words, ratio_per_sample).sum(1)
     else:
@@ -205,6 +211,11 @@ def perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Ten
     compute = _compute_dtype(embeddings)
     noise = noise.reshape(embeddings.shape).to(compute) * (sigma * scale.to(compute))
     return (noise + math.sqrt(1.0 - sigma**2) * embeddings.to(compute)).to(embeddings.dtype)
+
+
+def embed_and_perturb(table: Tensor, tokens: Tensor, key: Tensor, sigma: float, scale: Tensor) -> Tensor:
+    """perturb_embeddings of the table's rows."""
+    return perturb_embeddings(table[tokens.clamp(0, table.shape[0] - 1)], key, sigma, scale)
 
 
 # --- cross-entropy --------------------------------------------------------------------------------------------------

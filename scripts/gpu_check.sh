@@ -61,7 +61,7 @@ info = dimo_ext.build_info()
 pathlib.Path(sys.argv[1]).write_text(json.dumps(info, indent=1))
 kernels = (
     *("fold_in", "uniform_words", "mask_tokens", "init_tokens", "token_divergence", "masked_cross_entropy"),
-    *("sample_categorical", "reveal_ancestral", "reveal_confident", "perturb_embeddings"),
+    *("sample_categorical", "reveal_ancestral", "reveal_confident", "perturb_embeddings", "embed_and_perturb"),
 )
 served = {name: info["operators"][name]["cuda"] for name in kernels}
 sys.exit("; ".join(f"{name}: {s['problem']}" for name, s in served.items() if s["backend"] != "native") or None)
@@ -107,6 +107,7 @@ with dimo_ext.use_backend("native"):
                 dimo_ext.reveal_ancestral(teacher, mask.long(), 0.5, 1, key=key, **filters)
             dimo_ext.reveal_confident(teacher, mask.long(), 2, 1, noise_scale=1.0, key=key, **guided)
             dimo_ext.perturb_embeddings(teacher, 0.3, key=key)
+            dimo_ext.embed_and_perturb(targets % 5, teacher[0], 0.3, key=key)
 torch.cuda.synchronize()
 PYTHON
   done

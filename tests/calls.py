@@ -103,7 +103,9 @@ FORWARD: dict[str, Callable[[Inputs], tuple[Tensor, ...]]] = {
     "init_tokens: a key a sample": lambda x: (
         dx.init_tokens(*x.tokens.shape, vocab_size=300, mask_id=300, r_init=0.6, key=x.keys),
     ),
+    "mask_tokens: scheduled": lambda x: dx.mask_tokens(x.tokens, x.ratio, -1, schedule="arccos", key=x.keys),
     "perturb_embeddings": lambda x: (dx.perturb_embeddings(x.student, 0.3, key=x.key),),
+    "embed_and_perturb": lambda x: (dx.embed_and_perturb(x.tokens % 16, x.student[0], 0.3, key=x.key),),
 }
 
 # The last output is the gradient.
@@ -125,6 +127,9 @@ BACKWARD: dict[str, Callable[[Inputs], tuple[Tensor, ...]]] = {
     ),
     "masked_cross_entropy: smoothed, masked": lambda x: with_gradient(
         lambda z: dx.masked_cross_entropy(z, x.tokens, x.mask, label_smoothing=0.1, reduction="none"), x.student
+    ),
+    "embed_and_perturb: gradient": lambda x: with_gradient(
+        lambda e: dx.embed_and_perturb(x.tokens % 16, e, 0.3, scale=x.ratio[0], key=x.keys), x.student[0]
     ),
     "perturb_embeddings: gradient": lambda x: with_gradient(
         lambda e: dx.perturb_embeddings(e, 0.3, scale=x.ratio[0], key=x.keys), x.student

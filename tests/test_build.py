@@ -66,7 +66,7 @@ def test_a_failed_launch_names_the_operator() -> None:
     if not hasattr(_backend._core, "cuda_mask_tokens") or _backend._core.cuda_driver_status()[0]:
         pytest.skip("needs CUDA kernels and no GPU")
     with pytest.raises(RuntimeError, match=r"mask_tokens: CUDA error \d+: "):
-        _backend._core.cuda_mask_tokens(0, 0, 0, 1, 1, 0.5, 0, 0, 0, 9, False, 1, 0, 0)
+        _backend._core.cuda_mask_tokens(0, 0, 0, 1, 1, 0.5, 0, 0, 0, 9, False, 1, 0, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------- choosing the backend

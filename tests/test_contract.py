@@ -34,6 +34,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor], Tensor], object]] = {
     "mask_tokens": lambda x, key: dx.mask_tokens(x["tokens"], 0.5, 7, key=key).tokens,
     "init_tokens": lambda x, key: dx.init_tokens(2, 5, vocab_size=7, mask_id=7, r_init=0.4, key=key),
     "perturb_embeddings": lambda x, key: dx.perturb_embeddings(x["student"], 0.3, key=key),
+    "embed_and_perturb": lambda x, key: dx.embed_and_perturb(x["tokens"] % 3, x["student"][0], 0.3, key=key),
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
 
@@ -208,6 +209,7 @@ BAD_VALUES = {
     "teacher_logits": lambda x, key: dx.token_divergence(x["teacher"] * NAN, x["auxiliary"], "forward_kl"),
     "auxiliary_logits": lambda x, key: dx.token_divergence(x["teacher"], x["auxiliary"] + INF, "forward_kl"),
     "logits": lambda x, key: dx.sample_categorical(x["teacher"] - INF, key=key),
+    "tokens": lambda x, key: dx.embed_and_perturb(x["tokens"] + 7, x["student"][0], 0.3, key=key),
     "probability": lambda x, key: dx.reveal_ancestral(
         x["teacher"], x["tokens"], torch.tensor([0.5, -1.0]).to(key.device), 1, key=key
     ),

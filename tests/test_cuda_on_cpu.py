@@ -26,6 +26,7 @@ from torch import Tensor
 import dimo_ext as dx
 from dimo_ext import _backend, divergence
 from dimo_ext.divergences import DIVERGENCES
+from dimo_ext.schedules import MASK_SCHEDULES
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
 from tests.test_divergence_in_place import test_it_is_the_gradient_of_the_loss as test_divergence_in_place  # noqa: F401
@@ -103,8 +104,11 @@ class Shim:
         draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
         self("reveal_confident", *draw, state, mask_id, *count, noise, *workspace, out)
 
-    def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale) -> None:
-        self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale)
+    def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale, ids) -> None:
+        self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale, *ids)
+
+    def embed_and_perturb(self, *arguments) -> None:
+        self.perturb_embeddings(*arguments)
 
 
 def _flat(sizes, logits) -> list:
@@ -436,6 +440,26 @@ def test_perturb_embeddings(shim, width, layout, dtype):
         with dx.use_backend("reference"):
             expected = dx.perturb_embeddings(embeddings.double(), 0.3, scale=0.7, key=key)
         assert_gradient(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [1, 4, 5, 257])
+def test_embed_and_perturb(shim, width, transposed, dtype):
+    """Rows of a table, ids outside of it the first or the last."""
+    table = torch.randn(11, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    table = table.T.contiguous().T if transposed else table
+    tokens = torch.arange(-3, 18).view(3, 7)
+    for key in (dx.random_key(-3, 2**40), dx.random_key([1, 2, 2**63])):
+        actual = dx.embed_and_perturb(tokens, table, 0.3, scale=0.7, key=key)
+        assert torch.equal(actual, dx.perturb_embeddings(table[tokens.clamp(0, 10)], 0.3, scale=0.7, key=key))
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_mask_tokens_by_a_schedule(shim, schedule):
+    tokens, times = torch.zeros(200, 300, dtype=torch.int64), torch.linspace(-0.1, 1.1, 200)
+    masked = partial(dx.mask_tokens, tokens, times, -7, schedule=schedule, min_masked=0, key=dx.random_key(1))
+    assert_equals_reference(masked)
 
 
 # --- what the shim promises to do -----------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ FROM_A_GENERATOR = {
     "sample_categorical": lambda x, g: dx.sample_categorical(x.teacher, generator=g).tokens,
     "reveal_ancestral": lambda x, g: dx.reveal_ancestral(x.teacher, x.mask.long(), 0.5, 1, generator=g),
     "reveal_confident": lambda x, g: dx.reveal_confident(x.teacher, x.mask.long(), 4, 1, generator=g),
+    "embed_and_perturb": lambda x, g: dx.embed_and_perturb(x.tokens % 16, x.student[0], 0.5, generator=g),
     "perturb_embeddings": lambda x, g: dx.perturb_embeddings(x.student, 0.5, generator=g),
 }
 

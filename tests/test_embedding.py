@@ -214,3 +214,64 @@ def test_key_and_generator_together_are_rejected(device):
         )
 
     assert_rejected(call, "generator", "None when a key is given", "both")
+
+
+# --- rows of a table ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 2, 3), (0, 4), (3, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lookup_with_noise_is_both_after_one_another(device, dtype, shape):
+    """The same bits, with one key and one a sample; ids outside the table are the first or the last."""
+    wide = torch.randn(11, 19, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    tokens = torch.arange(torch.Size(shape).numel(), device=device).view(shape) - 1
+    for table in (wide[:10], wide[:, 2:-1], wide.T):
+        for seed in (3, list(range(shape[0])) or 3):
+            key, last = dx.random_key(seed, device=device), len(table) - 1
+            for sigma in (0.0, 0.4, 1.0):
+                both = dx.embed_and_perturb(tokens, table, sigma, scale=0.5, key=key)
+                rows = table[tokens.clamp(0, last)]
+                assert torch.equal(both, dx.perturb_embeddings(rows, sigma, scale=0.5, key=key))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_table(device, dtype):
+    """sqrt(1-σ²) × upstream, summed over the occurrences of each id."""
+    table = torch.randn(9, 5, device=device).to(dtype).requires_grad_()
+    tokens = torch.tensor([[1, 4, 1, -1], [8, 1, 20, 4]], device=device)
+    upstream = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    dx.embed_and_perturb(tokens, table, 0.6, key=dx.random_key(0, device=device)).backward(upstream)
+    expected = torch.zeros(9, 5, dtype=torch.float64, device=device)
+    expected.index_add_(0, tokens.clamp(0, 8).flatten(), 0.8 * upstream.double().flatten(0, 1))
+    assert table.grad.dtype == dtype
+    tolerance = {torch.bfloat16: 4e-2, torch.float16: 4e-3}.get(dtype, 1e-6)
+    torch.testing.assert_close(table.grad.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gradcheck_of_a_table():
+    table = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    tokens, key = torch.tensor([[0, 2, 2], [3, 0, 2]]), dx.random_key(0)
+    assert torch.autograd.gradcheck(lambda t: dx.embed_and_perturb(tokens, t, 0.6, key=key), table)
+
+
+TOKENS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected", "given_"),
+    [
+        ("tokens", [[0]], "int64 tensor [B, ...]", "list"),
+        ("tokens", TOKENS.int(), "dtype int64", "torch.int32"),
+        ("tokens", TOKENS[0, 0], "shape [B, ...]", "[]"),
+        ("tokens", TOKENS.to(META), "a tensor on", "meta"),
+        ("table", TABLE.long(), "dtype float32", "torch.int64"),
+        ("table", TABLE[0], "shape [V, D]", "[5]"),
+        ("table", TABLE[:0], "at least one row", "[0, 5]"),
+        ("sigma", 1.1, "[0, 1]", "1.1"),
+        ("scale", -1.0, "[0, inf]", "-1.0"),
+        *(("key", *bad) for bad in BAD_KEYS),
+    ],
+)
+def test_bad_arguments_of_a_lookup_are_rejected(device, name, value, expected, given_):
+    arguments = {"tokens": TOKENS.to(device), "table": TABLE.to(device), "sigma": 0.5, name: value}
+    assert_rejected(lambda: dx.embed_and_perturb(**arguments), name, expected, given_)

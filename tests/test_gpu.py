@@ -178,7 +178,7 @@ def test_a_whole_sampling_loop_is_one_graph(name):
 LAUNCHERS = {
     "fold_in": (0, 0, 0, 0, 0, 0),
     "uniform_words": (0, 0, 1),
-    "mask_tokens": (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, False, 1),
+    "mask_tokens": (0, 0, 0, 0, 0, 0.5, 0, 0, 0, 0, False, 1, 0),
     "init_tokens": (0, 0, 0, 0.5, 0, 0, 0, 1),
     "sample_categorical": ([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0), 0, 0),
     "reveal_ancestral": ([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0), 0, 5, (0.5, 0), 0),
@@ -186,7 +186,7 @@ LAUNCHERS = {
         *([1, 5], [None, None], (1.0, 0, 1), (0, 0), 1.0, (0, 1.0, 0.0)),
         *(0, 5, (1, 0), 1.0, (0, 0), 0),
     ),
-    "perturb_embeddings": ([1, 5], [None, None], 1, (0, 0), 0.5, 0),
+    "perturb_embeddings": ([1, 5], [None, None], 1, (0, 0), 0.5, 0, (0, 0)),
 }
 
 

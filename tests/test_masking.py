@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from math import nan
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dimo_ext as dx
+from dimo_ext.schedules import MASK_SCHEDULES, mask_ratio
 from tests import oracles
 from tests.conftest import assert_frequencies, assert_independent, assert_rate, cross
 
@@ -374,3 +376,20 @@ def test_backends_are_bit_equal(device, batch, length, ratio, bernoulli, per_sam
     with dx.use_backend("reference"):
         expected = draws()
     assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["exact", "bernoulli"])
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_a_schedule_gives_the_ratio(device, schedule, mode):
+    """The masks of r(u) in float64, rounded to float32; every time in [0, 1], both ends, outside, NaN."""
+    times = torch.cat([torch.linspace(0, 1, 2001), torch.tensor([1e-30, -1.0, 2.0, math.nan])])
+    ratios = mask_ratio(schedule, times.double().nan_to_num(0.0).clamp(0, 1)).float()
+    tokens, key = torch.zeros(len(times), 37, dtype=torch.int64, device=device), dx.random_key(3, device=device)
+    masked = functools.partial(dx.mask_tokens, tokens, mask_id=1, mode=mode, min_masked=0, key=key)
+    by_schedule = masked(mask_ratio=times.to(device), schedule=schedule)
+    assert torch.equal(by_schedule.mask, masked(mask_ratio=ratios.to(device)).mask)
+    for time, ratio in zip(times[::400].tolist(), ratios[::400].tolist(), strict=True):
+        assert torch.equal(masked(mask_ratio=time, schedule=schedule).mask, masked(mask_ratio=ratio).mask)

@@ -32,6 +32,8 @@ TOKENS = torch.zeros(2, 3, dtype=torch.int64)
         ("mask_id", 1.0, "an integer", "float 1.0"),
         ("mask_id", 2**63, "an integer in", str(2**63)),
         ("mask_id", True, "an integer", "bool True"),
+        ("schedule", "sine", "one of linear, square, cosine, arccos, mage", "'sine'"),
+        ("schedule", None, "one of linear", "None"),
         ("mode", "random", "one of exact, bernoulli", "'random'"),
         ("mode", None, "one of exact, bernoulli", "None"),
         ("min_masked", -1, "an integer in [0, ", "-1"),

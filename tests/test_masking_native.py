@@ -64,6 +64,7 @@ def run(case: Case, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.nd
         MASK_ID,
         case.bernoulli,
         case.min_masked,
+        0,
         num_threads,
     )
     return tokens, out, mask
@@ -130,4 +131,4 @@ def test_init_tokens(length: int, batch: int) -> None:
 
 def test_length_beyond_the_counter_is_refused() -> None:
     with pytest.raises(ValueError, match="length must be at most 2\\^26"):
-        core.cpu_mask_tokens(0, 0, 0, 0, 2**26 + 1, 0.5, 0, 0, 0, 0, False, 1, 1)
+        core.cpu_mask_tokens(0, 0, 0, 0, 2**26 + 1, 0.5, 0, 0, 0, 0, False, 1, 0, 1)

@@ -123,6 +123,16 @@ def test_opcheck_perturb_embeddings(device, dtype, transposed):
     torch.library.opcheck(OPERATORS.perturb_embeddings.default, (embeddings, key, 0.3, scale))
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_embed_and_perturb(device, transposed, shape):
+    table = torch.randn(5, 7, device=device)
+    table = (table.T if transposed else table).detach().requires_grad_()
+    tokens = torch.arange(torch.Size(shape).numel(), device=device).view(shape)
+    key, scale = dx.random_key(1, device=device), torch.tensor(0.5, device=device)
+    torch.library.opcheck(OPERATORS.embed_and_perturb.default, (table, tokens, key, 0.3, scale))
+
+
 # --- torch.compile --------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +178,8 @@ def masking_step(x: Tensor, key: Tensor) -> Tensor:
 
 
 def embedding_step(x: Tensor, key: Tensor) -> Tensor:
-    return dx.perturb_embeddings(x * 2, 0.4, scale=0.02, key=key).square().sum()
+    looked_up = dx.embed_and_perturb(x.detach().argmax(-1) % 3, x[0] * 3, 0.4, scale=0.02, key=key)
+    return dx.perturb_embeddings(x * 2, 0.4, scale=0.02, key=key).square().sum() + looked_up.square().sum()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,8 @@ def test_every_public_name_exists():
     """``__all__`` holds what the documentation promises, and nothing that is missing."""
     operators = (
         "token_divergence distribution_matching_loss divergence_gradient_ masked_cross_entropy sample_categorical "
-        "reveal_ancestral reveal_confident mask_tokens init_tokens perturb_embeddings random_key fold_in use_backend "
+        "reveal_ancestral reveal_confident mask_tokens init_tokens perturb_embeddings embed_and_perturb random_key "
+        "fold_in use_backend "
         "build_info parse_divergence"
     )
     divergences = (

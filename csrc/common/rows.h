@@ -75,6 +75,11 @@ DIMO_HOST_DEVICE static inline int64_t row_offset(const RowShape& shape, const L
   return offset[0];
 }
 
+// Where a row of a table begins, in elements; of ids outside the table, the first or the last one.
+DIMO_HOST_DEVICE static inline int64_t table_offset(const LogitRows& table, int64_t table_rows, int64_t id) {
+  return (id < 0 ? 0 : (id < table_rows ? id : table_rows - 1)) * table.strides[0];
+}
+
 // Whether rows and ids follow one another without gaps.
 DIMO_HOST_DEVICE static inline bool is_dense(const RowShape& shape, const LogitRows& logits) {
   int64_t expected = shape.vocab;

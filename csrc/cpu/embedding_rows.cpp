@@ -42,7 +42,9 @@ class Noise {
 
   void run(int64_t row) {
     streams_.set_all(args_.key, args_.key_stride, args_.rows_per_sample, row);
-    const int64_t from = row_offset(args_.shape, args_.embeddings, row), to = row_offset(args_.shape, args_.out, row);
+    const int64_t from = args_.ids == nullptr ? row_offset(args_.shape, args_.embeddings, row)
+                                              : table_offset(args_.embeddings, args_.table_rows, args_.ids[row]);
+    const int64_t to = row_offset(args_.shape, args_.out, row);
     for (int64_t begin = 0; begin < args_.shape.vocab; begin += kSpan) {
       const int64_t rest = args_.shape.vocab - begin, n = rest < kSpan ? rest : kSpan;
       draw(static_cast<uint32_t>(begin / 4));

@@ -24,7 +24,7 @@ void draw_keys(const RowStream& stream, int64_t length, int64_t* keys) {
 }
 
 int64_t masked_count(const MaskTokensArgs& args, int64_t row, const int64_t* keys) {
-  const float ratio = args.ratios != nullptr ? args.ratios[row] : args.ratio;
+  const float ratio = scheduled_ratio(args.schedule, args.ratios != nullptr ? args.ratios[row] : args.ratio);
   int64_t count = 0;
   if (args.bernoulli) {
     const uint64_t threshold = bernoulli_threshold(ratio);

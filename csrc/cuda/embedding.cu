@@ -38,7 +38,9 @@ __global__ __launch_bounds__(kThreads) void perturb_embeddings_kernel(const Pert
     float noise[4];
     normal_pair(words.word[0], words.word[1], noise[0], noise[1]);
     normal_pair(words.word[2], words.word[3], noise[2], noise[3]);
-    const int64_t from = row_offset(args.shape, args.embeddings, row), to = row_offset(args.shape, args.out, row);
+    const int64_t from = args.ids == nullptr ? row_offset(args.shape, args.embeddings, row)
+                                             : table_offset(args.embeddings, args.table_rows, args.ids[row]);
+    const int64_t to = row_offset(args.shape, args.out, row);
     with_type(args.out.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* const in = static_cast<const T*>(args.embeddings.data) + from;

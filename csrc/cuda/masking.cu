@@ -47,7 +47,7 @@ struct RowWords {
 };
 
 __device__ int64_t masked_count(const MaskTokensArgs& args, int64_t row, const RowWords& words) {
-  const float ratio = args.ratios != nullptr ? args.ratios[row] : args.ratio;
+  const float ratio = scheduled_ratio(args.schedule, args.ratios != nullptr ? args.ratios[row] : args.ratio);
   if (!args.bernoulli) return bounded_count(exact_count(ratio, args.length), args.min_masked, args.length);
   const uint64_t threshold = bernoulli_threshold(ratio);
   uint32_t below = 0;

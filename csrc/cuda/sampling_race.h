@@ -12,10 +12,9 @@ namespace {
 constexpr int64_t kWarpVocab = 33 * kChunk;  // up to here a warp a row
 constexpr int kManyWarps = 8;                // of a filtered row
 constexpr int kRowWarps = 4;                 // of a block: with a row each, or one for all
-// Chunks that a warp holds in registers, and how many warps a multiprocessor is to hold.
-template <bool kGuided>
-constexpr int kSegmentChunks = kGuided ? 4 : 8;
-constexpr int resident_warps(bool guided) { return guided ? 20 : 20; }
+constexpr int kSegmentChunks = 4;            // that a warp holds in registers
+// Warps that a multiprocessor is to hold, as registers allow: the more, the faster.
+constexpr int resident_warps(bool guided) { return guided ? 20 : 28; }
 
 // Who has won among some chunks: their top and mass, the winner's score and random words.
 struct Winner {
@@ -138,7 +137,7 @@ __global__ __launch_bounds__(kRowWarps* kWarp, resident_warps(kGuided) /
       continue;
     }
     const Row<kGuided> source(args, row);
-    const Winner winner = run_race<1, kSegmentChunks<kGuided>>(lanes, source, NoFilter{}, row, 0, rules.rate);
+    const Winner winner = run_race<1, kSegmentChunks>(lanes, source, NoFilter{}, row, 0, rules.rate);
     finish(lanes, source, NoFilter{}, rules, winner, row);
   }
 }
@@ -181,7 +180,7 @@ __global__ __launch_bounds__(kRowWarps* kWarp, resident_warps(kGuided) /
       if (threadIdx.x == 0) keep(args, row);
       continue;
     }
-    draw<kRowWarps, kSegmentChunks<kGuided>>(Row<kGuided>(args, row), NoFilter{}, rules, row, parity, board);
+    draw<kRowWarps, kSegmentChunks>(Row<kGuided>(args, row), NoFilter{}, rules, row, parity, board);
     parity ^= 1;
   }
 }

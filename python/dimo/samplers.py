@@ -1,8 +1,8 @@
 """Samplers: flat functions that take a model; every draw is a pure function of ``key``.
 
 Each returns int64 tokens ``[B, L]`` without [MASK] and decides nothing by them on the host, so that a whole loop goes
-into a CUDA graph. ``key`` is int64 ``[2]``, or ``[B, 2]`` with one key a sample:
-then a sample does not depend on the batch that it is drawn in.
+into a CUDA graph. ``key`` is int64 ``[2]``, or ``[B, 2]`` with one key a sample: then a sample does not depend on the
+batch that it is drawn in.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ void check_fold_in(int64_t count) {
   const Ints numbers(static_cast<size_t>(count), 7);
   Ints expected(static_cast<size_t>(2 * count)), out = expected;
   FoldInArgs args = {kKeys.data(), 0, 0, numbers.data(), expected.data(), count};
-  cpu::fold_in(args, 1);
+  cpu::fold_in(args, kThreads);
   args.out = out.data();
   const int status = cuda::fold_in(args, nullptr);
   report("fold_in", count, status, out == expected);
@@ -40,7 +40,7 @@ void check_fold_in(int64_t count) {
 
 void check_uniform_words(int64_t count) {
   Ints expected(static_cast<size_t>(count)), out = expected;
-  cpu::uniform_words({kKeys.data(), expected.data(), count}, 1);
+  cpu::uniform_words({kKeys.data(), expected.data(), count}, kThreads);
   const int status = cuda::uniform_words({kKeys.data(), out.data(), count}, nullptr);
   report("uniform_words", count, status, out == expected);
 }
@@ -60,7 +60,8 @@ void check_mask_tokens(int64_t length, bool bernoulli) {
                          2,
                          -7,
                          1,
-                         bernoulli};
+                         bernoulli,
+                         MaskSchedule::linear};
   cpu::mask_tokens(args, kThreads);
   args.out_tokens = out.data();
   args.out_mask = reinterpret_cast<bool*>(mask.data());
@@ -254,7 +255,9 @@ void check_perturb_embeddings(int64_t width) {
                                         kKeys.data(),
                                         2,
                                         0.6,
-                                        &scale};
+                                        &scale,
+                                        nullptr,
+                                        0};
     if (on_gpu)
       status = cuda::perturb_embeddings(args, nullptr);
     else

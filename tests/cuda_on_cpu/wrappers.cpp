@@ -35,10 +35,11 @@ int uniform_words(const int64_t* key, int64_t* out, int64_t count) {
 
 int mask_tokens(const int64_t* tokens, int64_t* out_tokens, bool* out_mask, int64_t batch, int64_t length, double ratio,
                 const float* ratios, const int64_t* key, int64_t key_stride, int64_t mask_id, int64_t bernoulli,
-                int64_t min_masked) {
-  return dimo::cuda::mask_tokens({tokens, out_tokens, out_mask, batch, length, static_cast<float>(ratio), ratios, key,
-                                  key_stride, mask_id, min_masked, bernoulli != 0},
-                                 nullptr);
+                int64_t min_masked, int64_t schedule) {
+  return dimo::cuda::mask_tokens(
+      {tokens, out_tokens, out_mask, batch, length, static_cast<float>(ratio), ratios, key, key_stride, mask_id,
+       min_masked, bernoulli != 0, static_cast<dimo::MaskSchedule>(schedule)},
+      nullptr);
 }
 
 int init_tokens(int64_t* out_tokens, int64_t batch, int64_t length, double ratio, const int64_t* key,
@@ -168,10 +169,10 @@ int reveal_confident(int64_t dims, const int64_t* sizes, void* logits, int64_t l
 int perturb_embeddings(int64_t dims, const int64_t* sizes, void* embeddings, int64_t embeddings_dtype,
                        const int64_t* embeddings_strides, void* out, int64_t out_dtype, const int64_t* out_strides,
                        int64_t rows_per_sample, const int64_t* key, int64_t key_stride, double sigma,
-                       const float* scale) {
+                       const float* scale, const int64_t* ids, int64_t table_rows) {
   return dimo::cuda::perturb_embeddings(
       {row_shape(dims, sizes), logit_rows(embeddings, embeddings_dtype, embeddings_strides, dims),
-       logit_rows(out, out_dtype, out_strides, dims), rows_per_sample, key, key_stride, sigma, scale},
+       logit_rows(out, out_dtype, out_strides, dims), rows_per_sample, key, key_stride, sigma, scale, ids, table_rows},
       nullptr);
 }
 
