@@ -64,19 +64,20 @@ def register_saved_gradient(
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
 
+    namespace, operator = name.split("::")
+
     def autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        forward = partial(_below_autograd, name, keyset)
+        forward = partial(_below_autograd, getattr(getattr(torch.ops, namespace), operator).default, keyset)
         if torch.is_grad_enabled() and inputs[0].requires_grad:
             return _SavedGradient.apply(forward, factor, *inputs)
         return forward(*inputs)
 
     # torch.library.register_autograd does the same at several times the cost: it goes over the schema at each call.
-    lib.impl(name, autograd, "Autograd", with_keyset=True)
+    lib.impl(operator, autograd, "Autograd", with_keyset=True)
 
 
-def _below_autograd(name: str, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
+def _below_autograd(operator: torch._ops.OpOverload, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        operator = getattr(torch.ops.dimo_ext, name).default
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 

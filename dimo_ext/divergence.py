@@ -99,7 +99,7 @@ def _fake(receiver, teacher_logits, auxiliary_logits, *args):
 for _device in ("CPU", "CUDA"):
     _LIB.impl("token_divergence", _token_divergence, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
-register_saved_gradient("token_divergence", _LIB, lambda inputs, _: inputs[-3])
+register_saved_gradient("dimo_ext::token_divergence", _LIB, lambda inputs, _: inputs[-3])
 
 
 class CountedDivergence(NamedTuple):
