@@ -63,7 +63,6 @@ def register_saved_gradient(
     factor · ∂value/∂input ``[..., V]`` in the receiver's dtype. float16 stores it without the factor, which backward
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
-
     namespace, operator = name.split("::")
 
     def autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:

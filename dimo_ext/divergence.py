@@ -62,7 +62,7 @@ def _token_divergence(
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
     kernel(
-        *_kernel_divergence(divergence), teacher.shape,
+        *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
         [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient if need_gradient else None)],
         (guidance_scale, address(guidance), rows_per_sample(teacher)),
         (teacher_temperature, auxiliary_temperature, floor), address(mask),
@@ -72,17 +72,16 @@ def _token_divergence(
     return value.sum() if reduce else value, zeroed, gradient
 
 
-def _kernel_divergence(divergence: str) -> tuple[Any, float]:
+def _kernel_divergence(divergence: Divergence) -> tuple[Any, float]:
     """Kind and parameter as the compiled module takes them."""
     name, parameter = _name_and_parameter(divergence)
     return getattr(native_module().DivergenceKind, name), parameter
 
 
 @functools.cache
-def _name_and_parameter(divergence: str) -> tuple[str, float]:
+def _name_and_parameter(divergence: Divergence) -> tuple[str, float]:
     """Jeffreys' limits are the KLs."""
-    parsed = parse_divergence(divergence)
-    parameter, name = next(iter(dataclasses.astuple(parsed)), 0.0), type(parsed).__name__
+    parameter, name = next(iter(dataclasses.astuple(divergence)), 0.0), type(divergence).__name__
     if name == "Jeffreys" and parameter in (0.0, 1.0):
         name = "ReverseKL" if parameter else "ForwardKL"
     return name, parameter
@@ -161,7 +160,6 @@ def token_divergence(
         >>> auxiliary.grad.tolist()
         [[0.0, 0.0], [-0.5, 0.5]]
     """
-    check_logits(teacher_logits, "teacher_logits")
     result = _checked_divergence(
         auxiliary_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
         teacher_temperature, auxiliary_temperature, teacher_log_floor, mask,
@@ -228,6 +226,7 @@ def _checked_divergence(
     receiver, teacher, auxiliary, divergence, uncond, guidance_scale, teacher_temperature, auxiliary_temperature,
     teacher_log_floor, mask, weight=None, reduction="none",
 ) -> CountedDivergence:  # fmt: skip
+    check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
     scale, scale_per_sample = check_guidance(teacher, uncond, "teacher_uncond_logits", guidance_scale)
     temperatures = [
