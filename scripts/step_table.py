@@ -26,7 +26,7 @@ def row(path: Path) -> str:
 
     def fastest(*names: str) -> str:
         times = [whole[name] for name in names if whole.get(name, 0.0) > 0.0]
-        return f"{min(times):,.3g} ({base / min(times):.2g}{TIMES})" if times else ""
+        return f"{min(times):,.3g} ({base / min(times):.2f}{TIMES})" if times else ""
 
     own = sum(float(r["ms"]) for r in rows if r["candidate"] == "ours eager" and r["phase"] in OWN_PART)
     floor = next(float(r["floor_ms"]) for r in rows if r["floor_ms"])

@@ -93,6 +93,6 @@ def assert_readme_row(line: str, whole: dict[str, dict[str, str]]) -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     base, ours = (float(whole[name]["ms"]) for name in ("plain eager", "ours eager"))
     assert cells[0].startswith("digits, 1 \u00d7 16, batch 1, ")
-    assert cells[1:6] == [f"{base:,.3g}", "", f"{ours:,.3g} ({base / ours:.2g}\u00d7)", "", ""]
+    assert cells[1:6] == [f"{base:,.3g}", "", f"{ours:,.3g} ({base / ours:.2f}\u00d7)", "", ""]
     assert cells[6].startswith(f"{float(whole['ours eager, batch re-used']['ms']):,.3g} (")
     assert cells[7] == f"{float(whole['ours eager']['floor_ms']):,.3g}"
