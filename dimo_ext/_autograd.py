@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,49 +62,29 @@ def register_saved_gradient(
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
 
-    def autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        forward = partial(_below_autograd, name, keyset)
-        if torch.is_grad_enabled() and inputs[0].requires_grad:
-            return _SavedGradient.apply(forward, factor, *inputs)
-        return forward(*inputs)
-
-    # torch.library.register_autograd does the same at several times the cost: it goes over the schema at each call.
-    lib.impl(name, autograd, "Autograd", with_keyset=True)
-
-
-def _below_autograd(name: str, keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        operator = getattr(torch.ops.dimo_ext, name).default
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-
-class _SavedGradient(torch.autograd.Function):
-    """An operator as :func:`register_saved_gradient` describes it."""
-
-    @staticmethod
-    def forward(ctx, operator: Callable, factor: Callable, *inputs: Any) -> tuple[Tensor, ...]:
-        output = operator(*inputs)
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         ctx.set_materialize_grads(False)
         ctx.available, ctx.inputs = inputs[-1], len(inputs)
         ctx.backend = current_backend()  # the backward may run on another thread
         half = inputs[0].dtype == torch.float16
         ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
-        return output
 
-    @staticmethod
-    def backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient, factor = ctx.saved_tensors
-        if upstream is None:
-            return (None,) * (2 + ctx.inputs)
-        if not ctx.available:
-            raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
-        scale = _Scale.apply if torch.is_grad_enabled() else _scale
-        return None, None, scale(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
+    torch.library.register_autograd(name, _backward, setup_context=setup_context, lib=lib)
 
 
 def factor_in_forward(receiver: Tensor, factor: Tensor | None) -> Tensor | None:
     """Return the factor that the stored gradient of ``receiver`` includes."""
     return None if receiver.dtype == torch.float16 else factor
+
+
+def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradient, factor = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * ctx.inputs
+    if not ctx.available:
+        raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
+    scale = _Scale.apply if torch.is_grad_enabled() else _scale
+    return scale(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
 
 
 class _Scale(torch.autograd.Function):

@@ -107,7 +107,8 @@ def _run(
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
     kernel(
-        *_kernel_divergence(divergence), teacher.shape, [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient)],
+        *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
+        [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient)],
         (guidance_scale, address(guidance), rows_per_sample(teacher)),
         (teacher_temperature, auxiliary_temperature, floor), address(mask),
         (address(factor), 1 if factor is not None and factor.dim() else 0, factor_in_gradient),
@@ -116,17 +117,16 @@ def _run(
     return value, zeroed
 
 
-def _kernel_divergence(divergence: str) -> tuple[Any, float]:
+def _kernel_divergence(divergence: Divergence) -> tuple[Any, float]:
     """Kind and parameter as the compiled module takes them."""
     name, parameter = _name_and_parameter(divergence)
     return getattr(native_module().DivergenceKind, name), parameter
 
 
 @functools.cache
-def _name_and_parameter(divergence: str) -> tuple[str, float]:
+def _name_and_parameter(divergence: Divergence) -> tuple[str, float]:
     """Jeffreys' limits are the KLs."""
-    parsed = parse_divergence(divergence)
-    parameter, name = next(iter(dataclasses.astuple(parsed)), 0.0), type(parsed).__name__
+    parameter, name = next(iter(dataclasses.astuple(divergence)), 0.0), type(divergence).__name__
     if name == "Jeffreys" and parameter in (0.0, 1.0):
         name = "ReverseKL" if parameter else "ForwardKL"
     return name, parameter
@@ -151,7 +151,7 @@ for _device in ("CPU", "CUDA"):
     _LIB.impl("divergence_gradient_", _divergence_gradient_, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
 torch.library.register_fake("dimo_ext::divergence_gradient_", _fake_gradient_, lib=_LIB)
-register_saved_gradient("token_divergence", _LIB, lambda inputs, _: inputs[-3])
+register_saved_gradient("dimo_ext::token_divergence", _LIB, lambda inputs, _: inputs[-3])
 
 
 class CountedDivergence(NamedTuple):
@@ -213,7 +213,6 @@ def token_divergence(
         >>> auxiliary.grad.tolist()
         [[0.0, 0.0], [-0.5, 0.5]]
     """
-    check_logits(teacher_logits, "teacher_logits")
     result = _checked_divergence(
         auxiliary_logits, teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale,
         teacher_temperature, auxiliary_temperature, teacher_log_floor, mask,
@@ -319,7 +318,6 @@ def divergence_gradient_(
     check_logits(auxiliary_logits, "auxiliary_logits")
     check_reduction(reduction, auxiliary_logits)
     _check_overwritable(auxiliary_logits, teacher_logits, teacher_uncond_logits)
-    check_logits(teacher_logits, "teacher_logits", auxiliary_logits)
     arguments = _arguments(
         teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale, teacher_temperature,
         auxiliary_temperature, teacher_log_floor, mask, weight, reduction,
@@ -359,6 +357,7 @@ def _arguments(
     teacher_log_floor, mask, weight, reduction,
 ) -> tuple:  # fmt: skip
     """Return what both operators take behind their logits, checked."""
+    check_logits(teacher, "teacher_logits")
     check_logits(auxiliary, "auxiliary_logits", teacher)
     scale, scale_per_sample = check_guidance(teacher, uncond, "teacher_uncond_logits", guidance_scale)
     temperatures = [

@@ -120,8 +120,8 @@ for benchmark in benchmarks/bench_*.py; do
   name=$(basename "$benchmark" .py)
   phase "$name" 60 "$python" "$benchmark" --device cuda --seconds 0.3 --no-compile --out "$out/$name.csv" || true
 done
-phase "step_time" 90 "$python" benchmarks/step_time.py maskgit-imagenet256 --batch-size 16 --device cuda --seconds 5 --no-compile \
-  --out "$out/step_time_maskgit.csv" || true
+phase "step_time" 90 "$python" benchmarks/step_time.py maskgit-imagenet256 --device cuda --seconds 20 --no-compile \
+  --out "$out/step_time_maskgit-imagenet256.csv" || true
 for name in divergence cross_entropy sampling; do
   phase "bench_$name with torch.compile" 90 "$python" "benchmarks/bench_$name.py" --device cuda --seconds 0.3 \
     --vocab 1025 126464 --out "$out/bench_${name}_compile.csv" || true

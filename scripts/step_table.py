@@ -10,6 +10,7 @@ from dimo.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ("digits", "maskgit-imagenet256", "meissonic-shape", "mdlm-owt")
+TIMES = "\u00d7"
 OWN_PART = ("draws", "masking", "loss")  # what is neither a network nor an optimiser
 _BLOCK = re.compile(r"(<!-- step table: make step-table -->\n).*?(\n<!-- end of the step table -->)", re.DOTALL)
 _HEADER = """| step, ms | plain eager | compiled | ours, eager | compiled | as CUDA graph | batch re-used | products alone | draws, masking, loss |
@@ -25,12 +26,14 @@ def row(path: Path) -> str:
 
     def fastest(*names: str) -> str:
         times = [whole[name] for name in names if whole.get(name, 0.0) > 0.0]
-        return f"{min(times):,.3g} ({base / min(times):.2g}×)" if times else ""
+        return f"{min(times):,.3g} ({base / min(times):.2f}{TIMES})" if times else ""
 
     own = sum(float(r["ms"]) for r in rows if r["candidate"] == "ours eager" and r["phase"] in OWN_PART)
     floor = next(float(r["floor_ms"]) for r in rows if r["floor_ms"])
     facts = rows[0]
-    where = f"{facts['preset']}, {facts['layers']} × {facts['width']}, batch {facts['batch_size']}, {facts['device']}"
+    where = (
+        f"{facts['preset']}, {facts['layers']} {TIMES} {facts['width']}, batch {facts['batch_size']}, {facts['device']}"
+    )
     reused = [name for name in whole if name.endswith("re-used")]
     cells = [
         where, f"{base:,.3g}", fastest("plain compiled"), fastest("ours eager"), fastest("ours compiled"),

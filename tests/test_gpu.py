@@ -175,6 +175,29 @@ def test_a_whole_sampling_loop_is_one_graph(name):
     assert not torch.equal(expected[0], expected[1])
 
 
+@pytest.mark.parametrize("strided", [False, True], ids=["vocabulary last", "vocabulary first"])
+def test_the_losses_allocate_a_gradient_a_network(strided):
+    """Of the vocabulary's size; the logits, which exist before, are not copied, and backward hands the gradients on."""
+    shape, weight = (2, 4096, 512) if strided else (2, 512, 4096), torch.zeros((), device=GPU, requires_grad=True)
+    logits = [torch.randn(shape, device=GPU).bfloat16() for _ in range(4)]
+    teacher, uncond, student, auxiliary = (z.transpose(1, 2) if strided else z for z in logits)
+    student, auxiliary = student + weight.bfloat16(), auxiliary + weight.bfloat16()
+    tokens, mask = (
+        torch.zeros(2, 512, dtype=torch.int64, device=GPU),
+        torch.arange(1024, device=GPU).view(2, 512) % 5 > 1,
+    )
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
+    matching = dx.distribution_matching_loss(
+        student, teacher, auxiliary, "jeffreys:-0.2", mask=mask, teacher_uncond_logits=uncond, guidance_scale=2.0
+    )
+    fit = dx.masked_cross_entropy(auxiliary, tokens, mask, label_smoothing=0.1)
+    matching.backward()
+    fit.backward()
+    assert weight.grad.isfinite()
+    assert torch.cuda.max_memory_allocated(GPU) - before <= 2.05 * student.nbytes
+
+
 LAUNCHERS = {
     "fold_in": (0, 0, 0, 0, 0, 0),
     "uniform_words": (0, 0, 1),

@@ -27,6 +27,14 @@ def plain_step(monkeypatch):
     return plain_step
 
 
+@pytest.fixture
+def step_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "scripts"))
+    import step_table
+
+    return step_table
+
+
 def test_the_plain_loss_is_the_methods(plain_step):
     """Its value is the divergence, its gradient the pseudo-gradient of the student."""
     teacher, uncond, auxiliary, student = LogitsCase((3, 5), 11, torch.float64).build(torch.device("cpu"), 4)
@@ -52,7 +60,7 @@ def test_the_plain_cross_entropy(plain_step):
     assert_close(plain_step.fit_loss(logits, tokens, mask, 0.1), expected)
 
 
-def test_a_table_and_a_chart(tmp_path):
+def test_a_table_and_a_chart(step_table, tmp_path):
     """Every candidate and phase, both kinds of ratio."""
     out = tmp_path / "step.csv"
     options = ["--batch-size", "1", "--layers", "1", "--width", "16", "--seconds", "0", "--no-compile"]
@@ -77,3 +85,14 @@ def test_a_table_and_a_chart(tmp_path):
     assert all(float(row["ms"]) > 0 and float(row["floor_ms"]) > 0 for row in whole.values())
     assert len({row["phase"] for row in rows}) == 13
     assert out.with_suffix(".png").stat().st_size > 0
+    assert_readme_row(step_table.row(out), whole)
+
+
+def assert_readme_row(line: str, whole: dict[str, dict[str, str]]) -> None:
+    """Times against the plain eager step; candidates that did not run leave their cell empty."""
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    base, ours = (float(whole[name]["ms"]) for name in ("plain eager", "ours eager"))
+    assert cells[0].startswith("digits, 1 \u00d7 16, batch 1, ")
+    assert cells[1:6] == [f"{base:,.3g}", "", f"{ours:,.3g} ({base / ours:.2f}\u00d7)", "", ""]
+    assert cells[6].startswith(f"{float(whole['ours eager, batch re-used']['ms']):,.3g} (")
+    assert cells[7] == f"{float(whole['ours eager']['floor_ms']):,.3g}"

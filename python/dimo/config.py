@@ -85,16 +85,16 @@ class RunConfig:
     batch_size: int = 64
     """Samples a forward pass."""
     accumulation_steps: int = 1
-    """Batches whose gradients are averaged into one update: a step sees batch_size times as many samples."""
+    """Batches whose gradients are averaged into one update: a step sees accumulation_steps × batch_size samples."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16" evaluates the networks under autocast; trained weights, averages and optimisers stay float32."""
     compile: bool = False
-    """Run the networks' layers through torch.compile: the first step takes a minute, the others less time."""
+    """Run the networks' layers through torch.compile: the first step takes longer, the others less time."""
     cuda_graph: bool = False
-    """Record a distillation step on a GPU once and replay it: faster where launching kernels takes longer than they
-    do, in small networks and batches. Its memory stays taken."""
+    """Record a distillation step on a GPU once and replay it: faster where launching kernels takes longer than running
+    them, in small networks and batches. The step's memory stays taken."""
     activation_checkpointing: bool = False
-    """Recompute the layers' activations in the backward pass: less memory, about a third more time."""
+    """Recompute the layers' activations in the backward pass: less memory for one more evaluation of the layers."""
     seed: int = 0
     """Seed of every random choice of the run."""
     ema_decay: float = 0.99
