@@ -1,17 +1,20 @@
 """Meissonic, aMUSEd and MDLM as teachers: released folders, golden outputs through the protocol, prompts."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.autograd.graph import saved_tensors_hooks
 
 import dimo
 import dimo_ext
 from dimo.checkpoint import load_model, save_model
-from dimo.config import PromptsConfig
+from dimo.config import DistillConfig, MethodConfig, PromptsConfig, RunConfig
 from dimo.guidance import guided_logits
+from dimo.memory import training_memory
 from dimo.state_dicts import CheckpointError
 from dimo.teachers import MDLMTeacher
 from dimo.tokenizers import DiffusersTokenizer, TextTokenizer
@@ -443,3 +446,30 @@ def test_weights_in_parts(tmp_path):
     (parts / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     a, b = (dimo.load_teacher("meissonic", path) for path in (whole, tmp_path / "parts"))
     assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["meissonic", "amused", "mdlm"])
+def test_the_memory_estimate_counts_what_autograd_keeps(name, precision, tmp_path):
+    """Activations on tensors without memory against those of a real forward pass; recomputed ones are fewer."""
+    model = dimo.load_teacher(name, released(name, tmp_path), **({} if name == "mdlm" else {"grid_size": 8}))
+    run = RunConfig(output="unused", batch_size=5, precision=precision)
+    method = MethodConfig(fresh_auxiliary_batch=True, guidance_scale=1.0)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    model.requires_grad_(True)
+    tokens, half = torch.full((5, model.seq_len), model.mask_id), precision == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model.logits(tokens, model.blank_condition(5), mask_ratio=torch.full((5,), 0.5))
+    model.requires_grad_(False)
+    kept = sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in weights)
+    parts = training_memory(model, DistillConfig(run=run, method=method))
+    assert parts["activations"] == pytest.approx(kept, rel=0.03)
+    assert parts["logits and their gradients"] == 5 * logits.numel() * logits.element_size()
+    less = DistillConfig(run=dataclasses.replace(run, activation_checkpointing=True), method=method)
+    assert training_memory(model, less)["activations"] < 0.9 * kept
