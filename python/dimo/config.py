@@ -85,7 +85,7 @@ class RunConfig:
     batch_size: int = 64
     """Samples a forward pass."""
     accumulation_steps: int = 1
-    """Batches whose gradients are averaged into one update: a step sees accumulation_steps times batch_size samples."""
+    """Batches whose gradients are averaged into one update: a step sees this many times batch_size samples."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """"bfloat16" evaluates the networks under autocast; trained weights, averages and optimisers stay float32."""
     compile: bool = False
