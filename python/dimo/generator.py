@@ -30,9 +30,9 @@ class OneStepGenerator:
     """A distilled student with the settings that it samples with.
 
     The folder of :meth:`save_pretrained` holds ``model.safetensors``, the tokeniser's ``tokenizer.safetensors``, a
-    text-to-image model's ``text_encoder`` and ``tokenizer``, and ``config.json``: format and version, the teacher's kind,
-    sizes of network and tokeniser, ``sampling`` (r_init, embedding noise and its scale, temperature), the whole training
-    ``recipe``, the ``provenance`` of the weights and the versions it ran with.
+    text-to-image model's ``text_encoder`` and ``tokenizer``, and ``config.json``: format and version, the teacher's
+    kind, sizes of network and tokeniser, ``sampling`` (r_init, embedding noise and its scale, temperature), the whole
+    training ``recipe``, the ``provenance`` of the weights and the versions it ran with.
     """
 
     def __init__(
