@@ -29,10 +29,10 @@ _SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingConfig))
 class OneStepGenerator:
     """A distilled student with the settings that it samples with.
 
-    The folder of :meth:`save_pretrained` holds ``model.safetensors``, the tokeniser's ``tokenizer.safetensors`` and
-    ``config.json``: format and version, the teacher's kind, sizes of network and tokeniser, ``sampling`` (r_init,
-    embedding noise and its scale, temperature), the whole training ``recipe``, the ``provenance`` of the weights and
-    the versions it ran with.
+    The folder of :meth:`save_pretrained` holds ``model.safetensors``, the tokeniser's ``tokenizer.safetensors``, a
+    text-to-image model's ``text_encoder`` and ``tokenizer``, and ``config.json``: format and version, the teacher's
+    kind, sizes of network and tokeniser, ``sampling`` (r_init, embedding noise and its scale, temperature), the whole
+    training ``recipe``, the ``provenance`` of the weights and the versions it ran with.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class OneStepGenerator:
         """Return tokens int64 ``[B, L]``, in one network evaluation unless ``few_steps`` asks for more.
 
         Args:
-            condition: what the model's kind takes: class ids, a list or int64 ``[B]``, for images by class.
+            condition: what the model's kind takes: class ids, a list or int64 ``[B]``, for images by class; a list of
+                prompts for text-to-image models; how many texts for a text model.
             key: from :func:`dimo_ext.random_key`, ``[2]`` or ``[B, 2]``.
             temperature: divides the logits, >= 0, 0 takes the most probable token; None = the one the student was saved
                 with.
