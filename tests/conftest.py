@@ -30,7 +30,7 @@ settings.load_profile(PROFILE)
 
 # The command line needs tyro, pictures need Pillow; a machine that only checks the kernels may lack them.
 _NEEDS = {
-    "tyro": ["test_cli.py", "test_sample.py", "test_teacher_pages.py"],
+    "tyro": ["test_cli.py", "test_sample.py", "test_teacher_pages.py", "test_text_pages.py", "test_text_samples.py"],
     "PIL": ["test_pictures.py", "test_sample.py", "test_teacher_pages.py", "test_generator.py"],
 }
 collect_ignore = [test for module, tests in _NEEDS.items() if not importlib.util.find_spec(module) for test in tests]
