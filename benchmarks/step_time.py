@@ -390,20 +390,21 @@ def draw(rows: list[dict[str, object]], title: str, path: Path) -> None:
     times = {(row["candidate"], row["phase"]): float(row["ms"]) for row in rows}
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(names) + 1.8), layout="constrained")
     begin = [0.0] * len(names)
-    for phase in phases:
+    for number, phase in enumerate(phases):
         widths = [times.get((name, phase), 0.0) for name in names]
-        axes.barh(names, widths, left=begin, label=phase)
+        color = "lightgrey" if phase == "other" else plt.get_cmap("tab20")(number)
+        axes.barh(names, widths, left=begin, label=phase, color=color)
         begin = [a + b for a, b in zip(begin, widths, strict=True)]
     for name, x in zip(names, begin, strict=True):
         total = times[name, "whole step"]
         if x == 0.0:  # nothing inside a graph can be timed
             axes.barh([name], [total], color="grey")
         axes.text(max(x, total), name, f" {total:.0f} ms" if total >= 100 else f" {total:.3g} ms", va="center")
-    for floor in sorted({float(row["floor_ms"]) for row in rows if row["floor_ms"] is not None}):
+    for floor in sorted({float(row["floor_ms"]) for row in rows if row["floor_ms"]}):
         axes.axvline(floor, color="black", linestyle=":", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(title=title, xlabel="ms a step; dotted: matrix multiplications alone")
+    axes.set(title=title, xlabel="ms, phase by phase; numbers: the whole step; dotted: matrix products")
     axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
 
