@@ -317,11 +317,11 @@ def divergence_gradient_(
     """
     check_logits(auxiliary_logits, "auxiliary_logits")
     check_reduction(reduction, auxiliary_logits)
-    _check_overwritable(auxiliary_logits, teacher_logits, teacher_uncond_logits)
     arguments = _arguments(
         teacher_logits, auxiliary_logits, divergence, teacher_uncond_logits, guidance_scale, teacher_temperature,
         auxiliary_temperature, teacher_log_floor, mask, weight, reduction,
     )  # fmt: skip
+    _check_overwritable(auxiliary_logits, teacher_logits, teacher_uncond_logits)
     value, zeroed_rows = torch.ops.dimo_ext.divergence_gradient_(auxiliary_logits, teacher_logits.detach(), *arguments)
     return CountedDivergence(value, zeroed_rows) if count_zeroed else value
 
