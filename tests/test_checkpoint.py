@@ -75,8 +75,22 @@ def test_config_holds_provenance(folder):
     assert set(config["versions"]) == {"dimo-ext", "torch", "python"}
 
 
+@pytest.mark.parametrize("stray", ["notes.txt", "model.pth"])
+def test_what_dimo_did_not_write_is_never_replaced(stray, folder, tmp_path):
+    """Neither beside a model nor in a folder without one."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = tmp_path / "other"
+    other.mkdir()
+    for place in (folder, other):
+        (place / stray).write_text("precious")
+        with pytest.raises(CheckpointError, match=f"output: expected a folder that is absent, .* with {stray}"):
+            save_model(place, tiny(seed=1), FORM)
+        assert (place / stray).read_text() == "precious"
+    (folder / stray).unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_saving_again_replaces_the_folder(folder):
-    (folder / "stray.txt").write_text("of the older folder")
     save_model(folder, tiny(seed=1), FORM)
     model, config = load_model(folder)
     assert torch.equal(model.network.tok_emb.weight, tiny(seed=1).network.tok_emb.weight)

@@ -164,6 +164,18 @@ def test_objects_are_refused_with_the_advice_to_convert(tmp_path, monkeypatch):
     assert not Path("dimo-evil").exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_one_error(zipped, tmp_path):
+    """Cut anywhere: the readers below raise all sorts of things."""
+    whole = tmp_path / "whole.pt"
+    torch.save({"w": torch.ones(64), "b": torch.ones(3)}, whole, _use_new_zipfile_serialization=zipped)
+    content = whole.read_bytes()
+    for size in range(0, len(content) - 64, 7):
+        (tmp_path / "cut.pt").write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match="truncated or not"):
+            read_pickle(tmp_path / "cut.pt")
+
+
 def test_objects_can_be_ignored_without_running_them(maskgit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = with_objects(tmp_path / "m.pth", Callback(0.5), Evil())

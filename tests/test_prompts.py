@@ -26,8 +26,9 @@ def write(path, content):
 # --- reading ---
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path):
-    path = write(tmp_path / "prompts.txt", "a cat\n\n   a dog on the sofa,  in colour \r\nzebra")
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_text_file_holds_a_prompt_a_line(mark, tmp_path):
+    path = write(tmp_path / "prompts.txt", mark + "a cat\n\n   a dog on the sofa,  in colour \r\nzebra")
     assert read_prompts(PromptsConfig(path)) == PROMPTS
     assert read_prompts(PromptsConfig(path, limit=2)) == PROMPTS[:2]
 
@@ -42,9 +43,10 @@ def test_a_csv_column(mark, tmp_path):
         read_prompts(PromptsConfig(path))
 
 
-def test_a_json_lines_column(tmp_path):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_json_lines_column(mark, tmp_path):
     lines = [json.dumps({"text": prompt, "n": 1}) for prompt in PROMPTS]
-    path = write(tmp_path / "prompts.jsonl", "\n".join([lines[0], "", '{"text": null}', *lines[1:]]))
+    path = write(tmp_path / "prompts.jsonl", mark + "\n".join([lines[0], "", '{"text": null}', *lines[1:]]))
     assert read_prompts(PromptsConfig(path)) == PROMPTS
 
 

@@ -24,6 +24,7 @@ from .tokenizers import TOKENIZERS, Tokenizer
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.safetensors"
 PATTERNS = (WEIGHTS, CONFIG, TOKENIZER, "text_encoder/*", "tokenizer/*")  # of a folder that dimo wrote
+_OWN_NAMES = {pattern.split("/")[0] for pattern in PATTERNS}
 SHIPPED = Path(__file__).parent / "weights"
 ModelT = TypeVar("ModelT", Teacher, Tokenizer)
 
@@ -46,6 +47,7 @@ def save_model(folder: str | os.PathLike, model: Teacher, model_format: str, **e
     The tokeniser goes with them: its kind and sizes into the config, its weights into a file of their own.
     """
     tokenizer = model.tokenizer
+    check_replaceable(folder)
     config = {
         "format": model_format, "format_version": FORMAT_VERSION, "kind": model.kind, "network": model.network_config(),
         "tokenizer": tokenizer and {"kind": tokenizer.kind, "network": tokenizer.network_config()},
@@ -59,6 +61,16 @@ def save_model(folder: str | os.PathLike, model: Teacher, model_format: str, **e
         model.save_parts(temporary)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def check_replaceable(folder: str | os.PathLike) -> None:
+    """Raise CheckpointError where a model written to ``folder`` would replace what dimo did not write."""
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in _OWN_NAMES]
+    if foreign or (names and not _is_ours(folder)):
+        expected = "a folder that is absent, empty or holds a model of dimo and nothing else"
+        raise CheckpointError(f"output: expected {expected}, got {folder} with {', '.join((foreign or names)[:5])}")
 
 
 def _write_weights(path: Path, module: nn.Module) -> None:

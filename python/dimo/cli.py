@@ -15,7 +15,16 @@ import yaml
 from torch import Tensor
 
 from . import doctor
-from .checkpoint import CheckpointError, fingerprint, load_model, load_teacher, model_folder, save_model, versions
+from .checkpoint import (
+    CheckpointError,
+    check_replaceable,
+    fingerprint,
+    load_model,
+    load_teacher,
+    model_folder,
+    save_model,
+    versions,
+)
 from .comparison import compare, measure, metrics_document, preview_digits, real_row, table, teacher_grid
 from .config import (
     ConfigError,
@@ -56,6 +65,7 @@ def pretrain(config: PretrainConfig) -> None:
     import_extra("sklearn.datasets", "the digits")
     device = resolve_device(config.run.device)
     output = prepare_output(config.run.output, folders=("teacher",))
+    check_replaceable(output / "teacher")
     data = {name: load_digits_split(name) for name in ("train", "validation", "test")}
     with seeded_generator(torch.device("cpu"), config.run.seed):
         model = DigitsTeacher.build(to_dict(config.network)).to(device)
@@ -85,6 +95,7 @@ def distill(config: DistillConfig) -> None:
         for module in ("sklearn.svm", "matplotlib.figure"):
             import_extra(module, "the digits' report")
     output = prepare_output(config.run.output, folders=("student",))
+    check_replaceable(output / "student")
     evaluator = DigitsEvaluator() if digits else None
     trainer = DistillationTrainer(teacher, config)
     if evaluator:
@@ -121,6 +132,7 @@ def _prompts(config: DistillConfig) -> list[str]:
 def convert(config: ConvertConfig) -> None:
     """Write a published checkpoint as a folder of safetensors and config.json; code inside pickles is never run."""
     output = Path(config.output)
+    check_replaceable(output)
     with objects_ignored():
         model = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
     prepare_output(output.parent, folders=(output.name,))

@@ -234,7 +234,7 @@ class MethodConfig(SamplingConfig):
     """Distribution of the mask ratio at which teacher and auxiliary are compared."""
     divergence: str = "forward_kl"
     """Token-level f-divergence D(teacher ‖ auxiliary), e.g. jeffreys:-0.2, jensen_shannon, alpha:0.5."""
-    guidance_scale: float = 1.25
+    guidance_scale: float = 1.05
     """Classifier-free guidance of the teacher, uncond + s·(cond - uncond); 1 = off."""
     teacher_temperature: float = 1.0
     """Divides the teacher's logits in the divergence."""

@@ -108,9 +108,10 @@ def prepare_output(folder: str | os.PathLike, *, files: Sequence[str] = (), fold
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(folder / "write-test") as probe:
-            probe.touch()
-        (folder / "write-test").unlink()
+        probe = folder / f".write-test.{uuid.uuid4().hex[:12]}"  # other processes may try the same folder
+        with atomic_path(probe) as temporary:
+            temporary.touch()
+        probe.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output: expected a folder that can be written, got {folder}: {reason}") from None

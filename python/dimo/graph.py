@@ -20,19 +20,20 @@ class Recorded:
     the recording keeps alive through the function.
     """
 
-    def __init__(self, function: Callable[[], dict[str, Tensor]]) -> None:
-        self.function, self.calls = function, 0
+    def __init__(self, function: Callable[[], dict[str, Tensor]], device: torch.device) -> None:
+        self.function, self.device, self.calls = function, device, 0
         self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self) -> dict[str, Tensor]:
         """Return the function's results; the caller may keep them."""
         self.calls += 1
-        if self.calls <= WARM_UP_CALLS:
-            return self._on_a_side_stream()
-        if self.calls == WARM_UP_CALLS + 1:
-            self._record()
-        self.graph.replay()
-        return {name: value.clone() for name, value in self.results.items()}
+        with torch.cuda.device(self.device):  # whose streams those below are
+            if self.calls <= WARM_UP_CALLS:
+                return self._on_a_side_stream()
+            if self.calls == WARM_UP_CALLS + 1:
+                self._record()
+            self.graph.replay()
+            return {name: value.clone() for name, value in self.results.items()}
 
     def _on_a_side_stream(self) -> dict[str, Tensor]:
         """Where the recording will be made: gradients may not be tied to the default stream."""

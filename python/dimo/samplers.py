@@ -202,13 +202,15 @@ def sample_halton(
         start = (uniform(words) * model.seq_len).long()
         order = order.gather(1, (torch.arange(model.seq_len, device=tokens.device) + start) % model.seq_len)
     revealed = 0
-    for step in range(min(steps, model.seq_len)):
-        until = max(step + 1, math.floor((1.0 - ratios[step + 1].item()) * model.seq_len))
+    for step in range(steps):
+        until = max(revealed + 1, math.floor((1.0 - ratios[step + 1].item()) * model.seq_len))
         cells = order[:, revealed:until]
         step_key, ratio = dimo_ext.fold_in(key, step), ratios[step].item()
         draw = draw_at(model, tokens, condition, ratio, guidance_scale, temperature, step_key)
         drawn = dimo_ext.sample_categorical(**draw).tokens
         tokens, revealed = tokens.scatter(1, cells, drawn.gather(1, cells)), until
+        if revealed == model.seq_len:
+            break
     return tokens
 
 

@@ -142,7 +142,7 @@ class DistillationTrainer(Trainer):
         self.prepare(teacher, self.student, self.auxiliary)
         self.key = dimo_ext.random_key(config.run.seed, device=teacher.device)
         self.keys = [torch.empty_like(self.key) for _ in range(config.run.accumulation_steps)]
-        self.updates = Recorded(self._updates) if self._on_gpu_as_graph() else self._updates
+        self.updates = Recorded(self._updates, teacher.device) if self._on_gpu_as_graph() else self._updates
         self.modules = {"student": self.student, "auxiliary": self.auxiliary, "ema": self.ema.model}
         steps, auxiliary_steps = config.run.steps, config.method.num_auxiliary_steps
         self.updaters = {

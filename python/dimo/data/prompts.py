@@ -48,7 +48,7 @@ def _readable(path: Path, rows: Iterator[str]) -> Iterator[str]:
 
 
 def _text(path: Path, _: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         yield from file
 
 
@@ -60,7 +60,7 @@ def _csv(path: Path, column: str) -> Iterator[str]:
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
