@@ -57,9 +57,11 @@ Reverse KL seeks modes: what the teacher makes rarely is given up, so recall, di
 distances and two-sample accuracy show nothing. Use `forward_kl`, or a small or negative beta (`jeffreys:-0.2`)."""),
     "learning_rate_3e-3": Case("learning rate 3e-3", {"student.learning_rate": 3e-3}, """\
 The gradient is right only while the auxiliary tracks the student, and steps this large outrun it: at the first warning,
-lower `student.learning_rate`. Two shapes are left for all classes, and noise that keeps their diversity up."""),
+lower `student.learning_rate`. Token entropy rises where a healthy run's falls: one noisy shape is left for all classes,
+and the noise keeps diversity up."""),
     "learning_rate_1e-2": Case("learning rate 1e-2", {"student.learning_rate": 1e-2}, """\
-The same, until all classes end as one blob and diversity is gone too: stop at the first warning, lower the rate."""),
+The same with more noise. Gradients are large from the first steps on, so entropy alone tells: stop at the first
+warning, lower the rate."""),
 }  # fmt: skip
 
 

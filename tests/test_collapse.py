@@ -28,6 +28,7 @@ def test_a_healthy_run_is_not_warned_of():
     [
         ([{}, {}, {"token_entropy": 0.5}], "step 30: token entropy 0.5 nats, 1.3 at the start"),
         ([{"token_entropy": 0.04}], "step 10: token entropy 0.04 nats"),
+        ([{}, {"token_entropy": 1.5}, {"token_entropy": 1.7}], "step 30: token entropy 1.7 nats, 1.3 at the start"),
         ([{}, {"gradient_norm": 60.0}, {}, {"gradient_norm": 280.0}], "step 40: gradient norm 280, 70 in the median"),
         ([{}, {"diversity": 0.73}], "step 20: diversity of the preview 0.73"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 _BLOCK = 10  # steps: what is judged is a mean over at least so many, however often the run logs
 _ENTROPY_SHARE = 0.4  # of the first block's; the digits' default recipe ends at 0.57
 _ENTROPY_FLOOR = 0.05  # nats
+_ENTROPY_RISE = 1.25  # times the first block's; healthy runs fall, and one without any input noise stays below 1.05
 _GRADIENT_RATIO = 3.0  # to the median of the blocks before; the default recipe stays below 1.4
 _DIVERSITY = 0.85  # of the real images'; the default recipe stays above 0.95
 _LESS = "try a lower student.learning_rate"
@@ -18,9 +19,9 @@ _SPREAD = "a divergence with less reverse KL (forward_kl, jeffreys:-0.2)"
 class CollapseWatch:
     """Looks at a run's log records in their order and warns once of each sign of a collapse.
 
-    The signs: the student's token entropy falls far below its first value, its gradient norm rises far above its
-    running median, or the samples of a preview vary much less within a class than real ones do. The state is a function
-    of the records, so a resumed run that reads its log goes on as if it had not stopped.
+    The signs: the student's token entropy falls far below its first value or rises above it, its gradient norm rises
+    far above its running median, or the samples of a preview vary much less within a class than real ones do. The state
+    is a function of the records, so a resumed run that reads its log goes on as if it had not stopped.
 
     Args:
         warmup_steps: of the learning rate. Gradients grow with it at first, so half of it must have passed before they
@@ -53,7 +54,9 @@ class CollapseWatch:
         self.block = []
         if self.first_entropy is None:
             self.first_entropy = entropy
-        signs = {"entropy": _entropy_sign(entropy, self.first_entropy)}
+        signs = {
+            "entropy": _entropy_sign(entropy, self.first_entropy), "noise": _noise_sign(entropy, self.first_entropy)
+        }  # fmt: skip
         if self.norms and 2 * start >= self.warmup_steps:
             signs["gradient"] = _gradient_sign(norm, statistics.median(self.norms))
         self.norms.append(norm)
@@ -69,6 +72,15 @@ def _entropy_sign(entropy: float, first: float) -> str | None:
     return (
         f"token entropy {entropy:.3g} nats, {first:.3g} at the start: the student is losing its variety; "
         f"{_LESS}, more noise at its input (method.r_init below 1, method.embedding_noise) or {_SPREAD}"
+    )
+
+
+def _noise_sign(entropy: float, first: float) -> str | None:
+    if entropy <= _ENTROPY_RISE * first:
+        return None
+    return (
+        f"token entropy {entropy:.3g} nats, {first:.3g} at the start: the student is drifting towards noise; "
+        f"{_LESS} or more auxiliary updates (method.num_auxiliary_steps)"
     )
 
 
