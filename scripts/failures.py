@@ -47,7 +47,7 @@ CASES = {
     "healthy": Case("healthy recipe", {}),
     "r_init_1": Case("r_init 1, no noise", {"method.r_init": 1.0, "method.embedding_noise": 0.0}, f"""\
 All samples of a class have one input, so their tokens are drawn independently, as in the teacher's one step: two-sample
-accuracy and recall are no better than there, and token entropy stays high, where the healthy run's falls.
+accuracy is as bad as there, recall is worse, and token entropy stays high, where the healthy run's falls.
 For this reason {PAPER} starts from partly random tokens: lower `method.r_init`, add `method.embedding_noise`."""),
     "r_init_0.3": Case("r_init 0.3", {"method.r_init": 0.3}, f"""\
 Expected to fail, but did not: the first preview is worse, the end level with the healthy run. Mostly random tokens are
