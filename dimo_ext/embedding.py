@@ -59,8 +59,8 @@ def _setup_table_context(ctx, inputs, output) -> None:
 def _table_backward(ctx, upstream: Tensor):
     """Sum the gradients of each id's occurrences as nn.Embedding does."""
     tokens = ctx.saved_tensors[0].clamp(0, ctx.rows - 1)
-    gradient = torch.ops.aten.embedding_dense_backward(upstream, tokens, ctx.rows, -1, False)
-    return gradient * ctx.keep, None, None, None, None
+    gradient = torch.ops.aten.embedding_dense_backward(upstream * ctx.keep, tokens, ctx.rows, -1, False)
+    return gradient, None, None, None, None
 
 
 def _setup_context(ctx, inputs, output) -> None:
