@@ -10,7 +10,7 @@ from dimo.published_samplers import amused_plan, sample_amused, sample_mdlm
 from dimo.samplers import sample_ancestral
 from dimo.schedules import mask_ratio
 from dimo.teachers import MaskGITTeacher, MDLMTeacher
-from dimo_ext import reference
+from dimo_ext.reference import divergence as reference
 from tests.golden import Golden
 
 RUNS = [("amused", 0), ("amused", 1), ("meissonic", 0), ("meissonic", 1)]

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import divergences as names
-from ._autograd import factor_in_forward, token_factor
-from .philox import WORD, Tag, philox, random_words, uniform
-from .schedules import mask_ratio
+from .. import divergences as names
+from .._autograd import factor_in_forward, token_factor
+from ..philox import WORD, Tag, philox, random_words, uniform
+from ..schedules import mask_ratio
 
 CHUNK = 256  # ids that share one Gumbel key in a categorical draw
 _NEAR_TOPS = 16.0  # nats: up to here the largest logits of both sides count as near
