@@ -320,23 +320,18 @@ void define_token_divergence(py::module_& m) {
 #endif
 }
 
-#if defined(DIMO_WITH_CUDA)
-void define_scale_gradient(py::module_& m) {
-  using py::arg;
-  m.def(
-      "cuda_scale_gradient",
-      [](const std::vector<int64_t>& sizes, const LogitsArgument& from, const LogitsArgument& to, Address upstream,
-         int64_t upstream_stride, Address factor, int64_t factor_stride, int device_index, Address stream) {
-        const RowShape shape = row_shape(sizes);
-        const size_t dims = static_cast<size_t>(shape.dims);
-        on_device(device_index, stream, "scale_gradient", &cuda::scale_gradient,
-                  {shape, logit_rows(from, dims), logit_rows(to, dims), pointer<const float>(upstream), upstream_stride,
-                   pointer<const float>(factor), factor_stride});
-      },
-      arg("sizes"), arg("from"), arg("to"), arg("upstream"), arg("upstream_stride"), arg("factor"),
-      arg("factor_stride"), arg("device_index"), arg("stream"), py::call_guard<py::gil_scoped_release>());
+ScaleGradientArgs scale_gradient_args(const std::vector<int64_t>& sizes, const LogitsArgument& from,
+                                      const LogitsArgument& to, Address upstream, int64_t upstream_stride,
+                                      Address factor, int64_t factor_stride) {
+  const RowShape shape = row_shape(sizes);
+  const size_t dims = static_cast<size_t>(shape.dims);
+  return {shape,           logit_rows(from, dims),       logit_rows(to, dims), pointer<const float>(upstream),
+          upstream_stride, pointer<const float>(factor), factor_stride};
 }
-#endif
+
+void define_scale_gradient(py::module_& m) {
+  define_launchers(m, "scale_gradient", &scale_gradient_args, DIMO_LAUNCHERS(scale_gradient));
+}
 
 CrossEntropyArgs cross_entropy_args(const std::vector<int64_t>& sizes,
                                     const std::array<std::optional<LogitsArgument>, 2>& logits, Address targets,
@@ -497,9 +492,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_output_memory(m);
 #endif
   dimo::define_token_divergence(m);
-#if defined(DIMO_WITH_CUDA)
   dimo::define_scale_gradient(m);
-#endif
   dimo::define_masked_cross_entropy(m);
   dimo::define_draws(m);
 }

@@ -191,6 +191,7 @@ void uniform_words(const UniformWordsArgs& args, int num_threads);
 void mask_tokens(const MaskTokensArgs& args, int num_threads);
 void init_tokens(const InitTokensArgs& args, int num_threads);
 void token_divergence(const TokenDivergenceArgs& args, int num_threads);
+void scale_gradient(const ScaleGradientArgs& args, int num_threads);
 void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads);
 void sample_categorical(const SampleCategoricalArgs& args, int num_threads);
 void reveal_confident(const RevealConfidentArgs& args, int num_threads);

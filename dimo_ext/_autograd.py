@@ -10,6 +10,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from ._backend import MAX_DIMS, address, compiled_function, current_backend, logit_rows, placement
+from ._memory import output_like
 
 
 def needs_gradient(receiver: Tensor) -> bool:
@@ -107,7 +108,7 @@ def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: s
         kernel = compiled_function("scale_gradient", gradient.device)
         single = torch.float64 not in (gradient.dtype, upstream.dtype)
         if kernel is not None and single and gradient.dim() <= MAX_DIMS:
-            return _scale_on_device(kernel, gradient, upstream, factor)
+            return _scale_natively(kernel, gradient, upstream, factor)
     upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
     upstream = upstream if factor is None else upstream * factor
     scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
@@ -115,11 +116,11 @@ def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: s
     return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
 
 
-def _scale_on_device(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+def _scale_natively(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
     """Gradient × upstream × factor in the gradient's own memory, unless someone needs it as it is."""
     # Three references: the graph's, this one, and the handle that asks. Who called the bare operator has another.
     shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 3
-    to = torch.empty_like(gradient) if shared or _is_kept() else gradient
+    to = output_like(gradient) if shared or _is_kept() else gradient
     upstream, factor = (None if t is None else t.contiguous() for t in (upstream, factor))
     kernel(
         gradient.shape, logit_rows(gradient), logit_rows(to), upstream.data_ptr(), min(upstream.dim(), 1),

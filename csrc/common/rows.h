@@ -47,6 +47,23 @@ static inline void merge_dims(RowShape& shape, LogitRows* const (&tensors)[kTens
   if (shape.dims > 0) shape.dims = kept + 1;
 }
 
+// Makes a row of what lies together, as the positions of [B, V, H, W] do: for work that tells no row from another.
+template <int kTensors>
+static inline void lay_rows_densely(RowShape& shape, LogitRows* const (&tensors)[kTensors]) {
+  const int last = shape.dims - 1;
+  if (last < 0) return;
+  for (const LogitRows* t : tensors)
+    if (t->vocab_stride == 1 || t->strides[last] != 1) return;
+  const int64_t positions = shape.sizes[last];
+  shape.rows = shape.rows / (positions > 0 ? positions : 1) * shape.vocab;
+  shape.sizes[last] = shape.vocab;
+  shape.vocab = positions;
+  for (LogitRows* t : tensors) {
+    t->strides[last] = t->vocab_stride;
+    t->vocab_stride = 1;
+  }
+}
+
 // a / b; 64-bit division is slow on a GPU.
 DIMO_HOST_DEVICE static inline int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) != 0) return a / b;

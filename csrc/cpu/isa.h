@@ -19,6 +19,7 @@ enum class Isa { baseline, avx2, avx512 };
 #define DIMO_DECLARE(isa)                                                                      \
   namespace isa {                                                                              \
   void token_divergence_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end);     \
+  void scale_gradient_rows(const ScaleGradientArgs& args, int64_t begin, int64_t end);         \
   void cross_entropy_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end);           \
   void sample_categorical_rows(const SampleCategoricalArgs& args, int64_t begin, int64_t end); \
   void perturb_embeddings_rows(const PerturbEmbeddingsArgs& args, int64_t begin, int64_t end); \
