@@ -47,12 +47,12 @@
 #define __device__
 #define __host__
 #define __constant__ static
-// In a section, so that the runtime finds it. Sanitizers would not look there: with them the blocks of a cluster have
-// one static shared memory together.
+// All thread_local variables lie in one segment, where the runtime finds them. Sanitizers do not look there: under them
+// the blocks of a cluster have one static shared memory together.
 #if defined(CUDA_ON_CPU_SANITIZED)
 #define __shared__ static
 #else
-#define __shared__ static __attribute__((section("cuda_on_cpu_shared")))
+#define __shared__ static thread_local
 #endif
 #define __forceinline__ inline
 #define __grid_constant__

@@ -1,6 +1,7 @@
 // Fibers, who of them runs next, and where they wait for each other. Never built with -fsanitize: the sanitizers are
 // told of every change of stack, and see the kernels alone.
 #include <dlfcn.h>
+#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -32,10 +33,6 @@ __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* clock);
 __attribute__((weak)) void __tsan_release(void* clock);
 }
-
-// Static shared memory, as the linker bounds it; not there in a program under sanitizers.
-extern "C" char __start_cuda_on_cpu_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_cuda_on_cpu_shared[] __attribute__((weak, visibility("hidden")));
 
 #if defined(__x86_64__)
 __asm__(R"(
@@ -80,7 +77,7 @@ constexpr size_t kMaxSharedBytes = 227 << 10;
 constexpr size_t kGuard = 64 << 10, kStack = 128 << 10;  // below every stack lie bytes that no one may touch
 constexpr uint64_t kMaxTurns = 10000;                    // of a thread, on average
 constexpr unsigned kStay = 64;                           // turns in a row of threads of one block, on average
-constexpr unsigned kDelay = 16;                          // turns from one arrival to the next, on average
+constexpr unsigned kDelays[] = {1, 16, 1u << 31};        // turns from one arrival to the next, on average; a cluster's
 constexpr uint16_t kOpened = 0x2d4b;
 constexpr unsigned kNoSync = 1;  // a switch orders nothing: threads run at the same time
 
@@ -145,6 +142,7 @@ Meeting cluster_meeting;
 std::vector<Message> messages;
 Fiber* current = nullptr;                     // null outside of a kernel
 unsigned cluster = 0, size = 0, running = 0;  // blocks, threads of each, the block that ran last
+unsigned delay = 0;                           // of messages
 size_t shared_size = 0;
 bool hopper = false;
 
@@ -370,7 +368,27 @@ void deliver_any() {
 
 // --- clusters -----------------------------------------------------------------------------------------------------
 
-size_t statics_size() { return static_cast<size_t>(__stop_cuda_on_cpu_shared - __start_cuda_on_cpu_shared); }
+// The variables that are declared __shared__, which kernels look for in one place: there lie those of the block that
+// runs.
+char* statics = nullptr;
+size_t statics_size = 0;
+thread_local char among_statics;
+
+int find_statics(dl_phdr_info* info, size_t, void*) {
+  char* const begin = static_cast<char*>(info->dlpi_tls_data);
+  for (unsigned i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& header = info->dlpi_phdr[i];
+    if (header.p_type == PT_TLS && begin <= &among_statics && &among_statics < begin + header.p_memsz)
+      statics = begin, statics_size = header.p_memsz;
+  }
+  return 0;
+}
+
+void enter(unsigned rank) {
+  std::copy_n(statics, statics_size, blocks[running].statics.begin());
+  running = rank;
+  std::copy_n(blocks[rank].statics.begin(), statics_size, statics);
+}
 
 void begin_block(unsigned rank, uint3 index) {
   Block& block = blocks[rank];
@@ -379,7 +397,7 @@ void begin_block(unsigned rank, uint3 index) {
   block.exited = 0;
   block.ready.clear();
   std::memset(block.shared, 0xff, shared_size);
-  block.statics.assign(statics_size(), '\xff');
+  block.statics.assign(statics_size, '\xff');
   for (unsigned i = 0; i < size; ++i) {
     Fiber& fiber = fibers[rank * size + i];
     if (fiber.stack.pointer == nullptr) create(fiber);
@@ -390,13 +408,6 @@ void begin_block(unsigned rank, uint3 index) {
     lane_meetings[rank * size + i].arrived = 0;
     make_ready(fiber);
   }
-}
-
-// Kernels look for static shared memory in one place: there lies that of the block that runs.
-void enter(unsigned rank) {
-  std::copy(__start_cuda_on_cpu_shared, __stop_cuda_on_cpu_shared, blocks[running].statics.begin());
-  running = rank;
-  std::copy(blocks[rank].statics.begin(), blocks[rank].statics.end(), __start_cuda_on_cpu_shared);
 }
 
 // One that is ready, mostly of the block that ran last; null: there is none.
@@ -420,7 +431,7 @@ void run_threads() {
     Fiber* const fiber = draw_fiber();
     if (fiber == nullptr && messages.empty()) break;
     if (fiber != nullptr) resume(*fiber);
-    if (error.empty() && !messages.empty() && (fiber == nullptr || random_below(kDelay) == 0)) deliver_any();
+    if (error.empty() && !messages.empty() && (fiber == nullptr || random_below(delay) == 0)) deliver_any();
     if (turns-- == 0) return set_error(": endless loop");
   }
   const auto alive = [](const Block& block) { return block.exited < size; };
@@ -437,7 +448,8 @@ void run_cluster(uint64_t first) {
                        static_cast<unsigned>(i / gridDim.x / gridDim.y)});
   }
   running = 0;
-  std::copy(blocks[0].statics.begin(), blocks[0].statics.end(), __start_cuda_on_cpu_shared);
+  std::copy_n(blocks[0].statics.begin(), statics_size, statics);
+  delay = kDelays[random_below(3)];
   release(&begin_clock);
   run_threads();
   if (!error.empty()) abandon_fibers();
@@ -541,13 +553,14 @@ int run(const void* kernel_, dim3 grid, dim3 block, unsigned cluster_, size_t sh
   if (threads == 0 || threads > kMaxThreads || count == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
       shared_bytes > kMaxSharedBytes || cluster_ == 0 || cluster_ > (hopper ? kMaxCluster : 1) ||
       grid.x % cluster_ != 0) {
-    error = kernel_name() + text(": %zu blocks of %zu threads with %zu bytes in clusters of %u are no launch", count,
+    error = kernel_name() + text(": %zu blocks of %zu threads with %zu bytes, %u a cluster, are no launch", count,
                                  threads, shared_bytes, cluster_);
     return cudaErrorInvalidConfiguration;
   }
 
   gridDim = grid, blockDim = block;
   cluster = cluster_, size = static_cast<unsigned>(threads), shared_size = shared_bytes;
+  if (!__sanitizer_start_switch_fiber && !__tsan_acquire) dl_iterate_phdr(find_statics, nullptr);
   if (__tsan_get_current_fiber) main_stack.tsan = __tsan_get_current_fiber();
   for (unsigned rank = 0; rank < cluster; ++rank)  // to the byte, so that AddressSanitizer sees overruns
     if (posix_memalign(reinterpret_cast<void**>(&blocks[rank].shared), 128, shared_bytes) != 0) std::abort();
