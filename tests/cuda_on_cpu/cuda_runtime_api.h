@@ -4,23 +4,20 @@
 // cuda_fp16.h, cuda_bf16.h, cuda/launch.h and cuda/hopper.h replace theirs. A launch runs one block, or cluster of
 // blocks, after the other in random order. Every thread of its blocks is a fiber, that runs until it waits at a
 // barrier, a shuffle, a vote or for messages; which one goes on is drawn at random too (cuda_on_cpu_seed), mostly among
-// those of one block, so that the blocks of a cluster run ahead of each other. Shared memory is NaN when a block
-// begins.
+// those of one block, so that blocks of a cluster run ahead of each other. Shared memory is NaN when a block begins,
+// and what asynchronous copies and messages bring arrives late.
 //
-// cuda_on_cpu_hopper chooses between the GPUs that have clusters and mailboxes and those that have neither. Each block
-// of a cluster has shared memory of its own, at addresses that the others can write to. What is sent arrives at random
-// moments, in any order.
+// cuda_on_cpu_hopper chooses between GPUs with clusters and mailboxes and GPUs without. Each block of a cluster has
+// shared memory of its own, to which the others can write by messages; these arrive at random moments, in any order.
 //
 // A kernel that cannot go on ends its launch with cudaErrorLaunchFailure, and cuda_on_cpu_error names the kernel,
 // block, thread and line, and where the other threads are:
-// * a barrier that not all threads of the block reach, on the same line;
+// * a barrier that not all threads of the block, or of the cluster, reach, on the same line;
 // * a shuffle, vote or __syncwarp whose mask is not the set of lanes that arrive, or that reads a lane outside its
 // mask;
-// * a cluster_sync that not all threads of the cluster reach, on the same line;
 // * a misaligned __ldg, __ldcs, __stcs or asynchronous copy;
-// * a message to a block that is not there or has exited, from outside of shared memory, or to a mailbox that is not
-// open;
-// * threads that wait for messages, or for bytes of them, that never come;
+// * a message to a block that is not there or has exited, to anything but dynamic shared memory, to a mailbox that is
+// not open; a wait for more bytes than come;
 // * a loop that waits without end (one that spins without waiting hangs).
 // Under -fsanitize=address,undefined a kernel's overruns of shared and global memory and its misaligned vectors end the
 // process; -fsanitize=thread reports races inside a block or cluster. Only kernels are instrumented, never runtime.cpp.
@@ -30,7 +27,8 @@
 // cuda/hopper.h; messages go to dynamic shared memory.
 //
 // Not modelled: speed, registers and occupancy; the memory model (fences, races between clusters); the accuracy of
-// __expf and its kin, which are expf here; whatever stands under #if on __CUDA_ARCH__.
+// __expf and its kin, which are expf here. Not executed: csrc/cuda/hopper.h, and whatever stands under #if on
+// __CUDA_ARCH__.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +46,7 @@
 #define __host__
 #define __constant__ static
 // All thread_local variables lie in one segment, where the runtime finds them. Sanitizers do not look there: under them
-// the blocks of a cluster have one static shared memory together.
+// the blocks of a cluster have one static shared memory together, which keeps what was there before.
 #if defined(CUDA_ON_CPU_SANITIZED)
 #define __shared__ static
 #else

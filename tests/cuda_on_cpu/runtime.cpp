@@ -2,7 +2,6 @@
 // told of every change of stack, and see the kernels alone.
 #include <dlfcn.h>
 #include <link.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -14,72 +13,20 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "stacks.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
-
-// Saves the registers that a call preserves, and the stack pointer to *from; continues where `to` was saved.
-extern "C" void cuda_on_cpu_switch(void** from, void* to);
-
-// Null unless the kernels are built with -fsanitize=address or thread.
-extern "C" {
-__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, size_t size);
-__attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
-__attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
-__attribute__((weak)) void* __tsan_get_current_fiber();
-__attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-__attribute__((weak)) void __tsan_acquire(void* clock);
-__attribute__((weak)) void __tsan_release(void* clock);
-}
-
-#if defined(__x86_64__)
-__asm__(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, %function
-cuda_on_cpu_switch:
-  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-  ret
-)");
-constexpr int kSavedWords = 8, kReturnWord = 6;  // the last one keeps the stack aligned
-#elif defined(__aarch64__)
-__asm__(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, %function
-cuda_on_cpu_switch:
-  stp x29, x30, [sp, -160]!
-  stp x19, x20, [sp, 16]; stp x21, x22, [sp, 32]; stp x23, x24, [sp, 48]; stp x25, x26, [sp, 64]; stp x27, x28, [sp, 80]
-  stp d8, d9, [sp, 96]; stp d10, d11, [sp, 112]; stp d12, d13, [sp, 128]; stp d14, d15, [sp, 144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, 16]; ldp x21, x22, [sp, 32]; ldp x23, x24, [sp, 48]; ldp x25, x26, [sp, 64]; ldp x27, x28, [sp, 80]
-  ldp d8, d9, [sp, 96]; ldp d10, d11, [sp, 112]; ldp d12, d13, [sp, 128]; ldp d14, d15, [sp, 144]
-  ldp x29, x30, [sp], 160
-  ret
-)");
-constexpr int kSavedWords = 20, kReturnWord = 1;
-#else
-#error "cuda_on_cpu switches stacks on x86-64 and aarch64 only"
-#endif
 
 namespace cuda_on_cpu {
 namespace {
 
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kWarp = warpSize;
 constexpr size_t kMaxSharedBytes = 227 << 10;
-constexpr size_t kGuard = 64 << 10, kStack = 128 << 10;  // below every stack lie bytes that no one may touch
-constexpr uint64_t kMaxTurns = 10000;                    // of a thread, on average
-constexpr unsigned kStay = 64;                           // turns in a row of threads of one block, on average
-constexpr unsigned kDelays[] = {1, 16, 1u << 31};        // turns from one arrival to the next, on average; a cluster's
+constexpr uint64_t kMaxTurns = 10000;              // of a thread, on average
+constexpr unsigned kStay = 64;                     // turns in a row of threads of one block, on average
+constexpr unsigned kDelays[] = {1, 16, 1u << 31};  // turns from one arrival to the next, on average; a cluster's
 constexpr uint16_t kOpened = 0x2d4b;
-constexpr unsigned kNoSync = 1;  // a switch orders nothing: threads run at the same time
 
 struct Call {
   const char* operation;
@@ -96,14 +43,6 @@ struct Meeting {
 };
 
 enum class State { ready, waiting, exited };
-
-struct Stack {
-  void* pointer = nullptr;  // where its owner goes on; null: nowhere
-  const void* bottom = nullptr;
-  size_t size = 0;
-  void* fake = nullptr;  // AddressSanitizer's
-  void* tsan = nullptr;  // ThreadSanitizer's
-};
 
 struct Fiber {
   Stack stack;
@@ -161,22 +100,7 @@ unsigned random_below(unsigned bound) {
   return static_cast<unsigned>((random_state >> 32) * bound >> 32);
 }
 
-void acquire(void* clock) {
-  if (__tsan_acquire) __tsan_acquire(clock);
-}
-
-void release(void* clock) {
-  if (__tsan_release) __tsan_release(clock);
-}
-
 // --- fibers -------------------------------------------------------------------------------------------------------
-
-void switch_stack(Stack& from, Stack& to) {
-  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.size);
-  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kNoSync);
-  cuda_on_cpu_switch(&from.pointer, to.pointer);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(from.fake, &to.bottom, &to.size);
-}
 
 unsigned rank_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers) / size; }
 unsigned thread_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers) % size; }
@@ -199,7 +123,7 @@ void suspend() { switch_stack(current->stack, main_stack); }
 
 // A fiber outlives its thread and runs one of the next block.
 void run_fiber() {
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &main_stack.bottom, &main_stack.size);
+  finish_first_switch(main_stack);
   for (;;) {
     acquire(&begin_clock);
     body(body_context);
@@ -210,31 +134,12 @@ void run_fiber() {
   }
 }
 
-void create(Fiber& fiber) {
-  Stack& stack = fiber.stack;
-  if (stack.bottom == nullptr) {
-    void* pages = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pages == MAP_FAILED || mprotect(pages, kGuard, PROT_NONE) != 0) std::perror("cuda_on_cpu: stack"), std::abort();
-    stack.bottom = static_cast<char*>(pages) + kGuard;
-    stack.size = kStack;
-  }
-  if (__tsan_create_fiber) stack.tsan = __tsan_create_fiber(0);
-  // Stacks that begin at different cache lines do not evict each other.
-  const uintptr_t top = reinterpret_cast<uintptr_t>(stack.bottom) + kStack - (&fiber - fibers) % 64 * 128;
-  void** saved = reinterpret_cast<void**>(top) - kSavedWords;
-  std::fill_n(saved, kSavedWords, nullptr);
-  saved[kReturnWord] = reinterpret_cast<void*>(&run_fiber);
-  stack.pointer = saved;
-}
-
 // Forgets fibers that will never run on.
 void abandon_fibers() {
   for (Fiber& fiber : fibers) {
     if (fiber.stack.pointer == nullptr) continue;
-    if (__tsan_destroy_fiber) __tsan_destroy_fiber(fiber.stack.tsan);
+    abandon(fiber.stack);
     if (fiber.meeting != nullptr) acquire(&fiber.meeting->clocks[0]), acquire(&fiber.meeting->clocks[1]);
-    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack.bottom, kStack);
-    fiber.stack.pointer = nullptr;
   }
 }
 
@@ -354,6 +259,7 @@ void end_phase_if_complete(Barrier& barrier, unsigned rank) {
 }
 
 void deliver_any() {
+  const Unwatched unwatched;
   std::swap(messages[random_below(static_cast<unsigned>(messages.size()))], messages.back());
   const Message message = std::move(messages.back());
   messages.pop_back();
@@ -396,11 +302,12 @@ void begin_block(unsigned rank, uint3 index) {
   block.meeting.arrived = 0;
   block.exited = 0;
   block.ready.clear();
+  block.ready.reserve(size);  // here, not by a thread of the kernel
   std::memset(block.shared, 0xff, shared_size);
   block.statics.assign(statics_size, '\xff');
   for (unsigned i = 0; i < size; ++i) {
     Fiber& fiber = fibers[rank * size + i];
-    if (fiber.stack.pointer == nullptr) create(fiber);
+    if (fiber.stack.pointer == nullptr) begin(fiber.stack, run_fiber, (&fiber - fibers) % 64);
     const unsigned row = i / blockDim.x;
     fiber.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
     fiber.barrier = nullptr;
@@ -530,6 +437,7 @@ void expect(const char* operation, Barrier& barrier, int bytes, Site site) {
 
 void post(const char* operation, Transfer transfer, Barrier& barrier, unsigned rank, Site site) {
   release(clock_of(barrier, barrier.phase));
+  const Unwatched unwatched;
   messages.push_back({std::move(transfer), &barrier, rank, {operation, site, 0}});
 }
 
@@ -560,8 +468,8 @@ int run(const void* kernel_, dim3 grid, dim3 block, unsigned cluster_, size_t sh
 
   gridDim = grid, blockDim = block;
   cluster = cluster_, size = static_cast<unsigned>(threads), shared_size = shared_bytes;
-  if (!__sanitizer_start_switch_fiber && !__tsan_acquire) dl_iterate_phdr(find_statics, nullptr);
-  if (__tsan_get_current_fiber) main_stack.tsan = __tsan_get_current_fiber();
+  if (!is_sanitized()) dl_iterate_phdr(find_statics, nullptr);
+  adopt(main_stack);
   for (unsigned rank = 0; rank < cluster; ++rank)  // to the byte, so that AddressSanitizer sees overruns
     if (posix_memalign(reinterpret_cast<void**>(&blocks[rank].shared), 128, shared_bytes) != 0) std::abort();
   std::vector<uint64_t> order(count / cluster);
