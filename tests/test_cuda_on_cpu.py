@@ -627,13 +627,14 @@ def test_a_missing_barrier_gives_wrong_numbers(shim):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("cluster", "clusters"), [(1, 3), (2, 3), (9, 2), (16, 1)])
 def test_blocks_of_a_cluster_write_to_each_other(shim, cluster, clusters, order):
-    """Each has shared memory of its own, static and dynamic; messages come whenever they come."""
+    """Each has shared memory of its own, dynamic and static; messages come whenever they come."""
     given = np.random.default_rng(0).normal(size=(clusters, cluster)).astype(np.float32)
     taken = np.zeros((clusters, cluster, cluster), np.float32)
     shim.order(order)
     shim.hopper(True)
-    shim("exchange_in_clusters", given, taken, cluster, clusters)
-    assert np.array_equal(taken, np.broadcast_to(given[:, None], taken.shape))
+    for keep, expected in [(False, given[:, None]), (True, given[:, :, None])]:
+        shim("exchange_in_clusters", given, taken, cluster, clusters, keep)
+        assert np.array_equal(taken, np.broadcast_to(expected, taken.shape))
 
 
 @pytest.mark.parametrize(("mailbox", "dropped"), [(False, b"dropped_wait"), (True, b"dropped_mailbox_wait")])
@@ -769,9 +770,10 @@ def test_sanitizers_see(sanitizer, fault, report, lines):
 
 @sanitized
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_a_failed_launch_leaves_nothing_to_report(sanitizer):
-    """Threads that were abandoned are no leak and no race."""
-    status, output = run_program(sanitizer, "divergent_barrier")
+@pytest.mark.parametrize("fault", ["divergent_barrier", "too_many_bytes", "closed_mailbox"])
+def test_a_failed_launch_leaves_nothing_to_report(sanitizer, fault):
+    """Threads that were abandoned are no leak and no race, nor are messages on their way."""
+    status, output = run_program(sanitizer, fault)
     assert status == 1
-    assert output.startswith("dimo::cuda::(anonymous namespace)::divergent_barrier"), output
+    assert output.startswith(f"dimo::cuda::(anonymous namespace)::{fault}"), output
     assert "Sanitizer" not in output

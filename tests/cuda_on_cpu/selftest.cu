@@ -193,10 +193,10 @@ int convert(const float* in, uint16_t* half, uint16_t* bfloat, float* from_half,
   return launch(convert_kernel, 256, 256, 0, nullptr, in, half, bfloat, from_half, from_bfloat);
 }
 
-// A number a block; each block writes what it gets of its cluster.
-int exchange_in_clusters(const float* in, float* out, int64_t cluster, int64_t clusters) {
-  return launch_clusters(exchange_kernel, static_cast<unsigned>(cluster), static_cast<unsigned>(cluster * clusters),
-                         kThreads, sizeof(Inbox), in, out);
+// A number a block; each block says what the blocks of its cluster have, or what it has itself.
+int exchange_in_clusters(const float* in, float* out, int64_t cluster, int64_t clusters, int64_t keep) {
+  return launch_clusters(keep != 0 ? keep_kernel : exchange_kernel, static_cast<unsigned>(cluster),
+                         static_cast<unsigned>(cluster * clusters), kThreads, sizeof(Inbox), in, out);
 }
 
 int copy(const float* in, float* out, int64_t mailbox) {
