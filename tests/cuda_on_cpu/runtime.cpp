@@ -23,9 +23,9 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kWarp = warpSize;
 constexpr size_t kMaxSharedBytes = 227 << 10;
-constexpr uint64_t kMaxTurns = 10000;              // of a thread, on average
-constexpr unsigned kStay = 64;                     // turns in a row of threads of one block, on average
-constexpr unsigned kDelays[] = {1, 16, 1u << 31};  // turns from one arrival to the next, on average; a cluster's
+constexpr uint64_t kMaxTurns = 10000;  // of a thread, on average
+// On average, drawn for each cluster: turns in a row of threads of one block, turns from one arrival to the next.
+constexpr unsigned kStays[] = {64, 1u << 31}, kDelays[] = {1, 16, 1u << 31};
 constexpr uint16_t kOpened = 0x2d4b;
 
 struct Call {
@@ -81,7 +81,7 @@ Meeting cluster_meeting;
 std::vector<Message> messages;
 Fiber* current = nullptr;                     // null outside of a kernel
 unsigned cluster = 0, size = 0, running = 0;  // blocks, threads of each, the block that ran last
-unsigned delay = 0;                           // of messages
+unsigned stay = 0, delay = 0;
 size_t shared_size = 0;
 bool hopper = false;
 
@@ -319,7 +319,7 @@ void begin_block(unsigned rank, uint3 index) {
 
 // One that is ready, mostly of the block that ran last; null: there is none.
 Fiber* draw_fiber() {
-  if (blocks[running].ready.empty() || random_below(kStay) == 0) {
+  if (blocks[running].ready.empty() || random_below(stay) == 0) {
     unsigned rank = random_below(cluster);
     for (unsigned i = 0; i < cluster && blocks[rank].ready.empty(); ++i) rank = (rank + 1) % cluster;
     if (rank != running) enter(rank);
@@ -356,7 +356,7 @@ void run_cluster(uint64_t first) {
   }
   running = 0;
   std::copy_n(blocks[0].statics.begin(), statics_size, statics);
-  delay = kDelays[random_below(3)];
+  stay = kStays[random_below(2)], delay = kDelays[random_below(3)];
   release(&begin_clock);
   run_threads();
   if (!error.empty()) abandon_fibers();
