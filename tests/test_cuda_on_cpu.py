@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import dimo_ext as dx
-from dimo_ext import _backend, divergence
+from dimo_ext import _backend, divergence, reference
 from dimo_ext.divergences import DIVERGENCES
 from dimo_ext.schedules import MASK_SCHEDULES
 from tests.calls import with_gradient
@@ -281,8 +281,8 @@ def compare_divergence(shape, vocab, name, dtype, layout, pattern, temperature) 
         value, expected = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
     expected[expected.abs().amax(-1) >= torch.finfo(dtype).max] = 0.0  # the dtype cannot hold the row's gradient
     if name == "total_variation":  # its gradient jumps where p = q, on one side of which rounding puts the entry
-        guided = (uncond + scale[:, None, None] * (teacher - uncond)) / temperature
-        jumps = (guided.log_softmax(-1) - auxiliary.log_softmax(-1)).abs() < 4e-6
+        guided = reference._guided(teacher, uncond, 1.0, scale)
+        jumps = ((guided / temperature).log_softmax(-1) - auxiliary.log_softmax(-1)).abs() < 4e-6
         gradient[jumps] = expected[jumps].to(dtype)
     assert_close(actual, value)
     assert_gradient(gradient, expected, near=pattern == "near")
