@@ -115,15 +115,15 @@ class PlainTrainer:
         tokens = torch.randint(self.model.vocab_size, shape, device=labels.device)
         tokens, _ = self.mask(tokens, torch.full((len(labels),), self.method.r_init, device=labels.device))
         with phase("student forward"):
-            logits, _ = self.logits(self.student, tokens, labels, perturb=self.perturb)
+            logits, _ = self.logits(self.student, tokens, labels, embed=self.embed)
         with phase("draws"):
             probabilities = (logits.float() / self.method.student_temperature).softmax(-1)
             drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(shape)
         return logits, drawn
 
-    def perturb(self, embeddings: Tensor) -> Tensor:
-        """Add noise to the token embeddings."""
-        sigma = self.method.embedding_noise
+    def embed(self, tokens: Tensor, table: Tensor) -> Tensor:
+        """Token embeddings with noise."""
+        embeddings, sigma = F.embedding(tokens, table), self.method.embedding_noise
         return math.sqrt(1 - sigma**2) * embeddings + sigma * torch.randn_like(embeddings)
 
     def mask(self, tokens: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:

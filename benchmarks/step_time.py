@@ -56,13 +56,9 @@ class TextTransformer(MaskTransformer):
         x = torch.cat([embeddings, label], 1) + self.pos_emb
         return self.last_layer(self.transformer(self.first_layer(x)))[:, :-1]
 
-    def embed(self, tokens_BL: Tensor, perturb: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Return the tokens' embeddings, perturbed."""
-        return self.tok_emb(tokens_BL) if perturb is None else perturb(self.tok_emb(tokens_BL))
-
-    def forward(self, tokens_BL: Tensor, class_B: Tensor, *, columns=None, perturb=None) -> Tensor:
+    def forward(self, tokens_BL: Tensor, class_B: Tensor, *, columns=None, embed=F.embedding) -> Tensor:
         """Return logits ``[B, L, columns]``."""
-        states = self.states(self.embed(tokens_BL, perturb), class_B)
+        states = self.states(embed(tokens_BL, self.tok_emb.weight), class_B)
         return F.linear(states, self.tok_emb.weight[: columns or self.config.vocab_size])
 
 
@@ -76,9 +72,9 @@ class PackedTransformer(TextTransformer):
         self.pack = nn.Linear(4 * config.width, config.width)
         self.unpack = nn.Linear(config.width, 4 * config.width)
 
-    def forward(self, tokens_BL: Tensor, class_B: Tensor, *, columns=None, perturb=None) -> Tensor:
+    def forward(self, tokens_BL: Tensor, class_B: Tensor, *, columns=None, embed=F.embedding) -> Tensor:
         """Return logits ``[B, L, columns]``, a view of ``[B, columns, H, W]``."""
-        grid = self.embed(tokens_BL, perturb).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        grid = embed(tokens_BL, self.tok_emb.weight).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
         states = self.states(self.pack(F.pixel_unshuffle(grid, 2).flatten(2).transpose(1, 2)), class_B)
         grid = self.unpack(states).transpose(1, 2).unflatten(2, (self.side // 2, self.side // 2))
         weight = self.tok_emb.weight[: columns or self.config.vocab_size, :, None, None]

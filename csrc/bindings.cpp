@@ -13,6 +13,7 @@
 
 #include "common/philox.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -65,6 +66,34 @@ FoldInArgs fold_in_args(Address key, int64_t key_stride, int64_t n, Address numb
 UniformWordsArgs uniform_words_args(Address key, Address out, int64_t count) {
   return {pointer<const int64_t>(key), pointer<int64_t>(out), count};
 }
+
+#if defined(__linux__)
+
+// What torch.frombuffer takes as the memory of a large output.
+class OutputMemory {
+ public:
+  explicit OutputMemory(int64_t bytes) : bytes_(bytes), memory_(cpu::take_memory(bytes)) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  ~OutputMemory() { cpu::leave_memory(memory_); }
+  OutputMemory(const OutputMemory&) = delete;
+  OutputMemory& operator=(const OutputMemory&) = delete;
+
+  py::buffer_info buffer() const { return {static_cast<uint8_t*>(memory_->data), bytes_}; }
+
+ private:
+  int64_t bytes_;
+  cpu::Memory* memory_;
+};
+
+void define_output_memory(py::module_& m) {
+  py::class_<OutputMemory>(m, "OutputMemory", py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer(&OutputMemory::buffer);
+  m.attr("large_bytes") = cpu::kLargeBytes;
+}
+
+#endif
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const Words4 words = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
@@ -464,6 +493,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   dimo::define_build_info(m);
   m.def("philox4x32", &dimo::philox, py::arg("counter"), py::arg("key"), "Ten rounds; for tests.");
   dimo::define_isa(m);
+#if defined(__linux__)
+  dimo::define_output_memory(m);
+#endif
   dimo::define_token_divergence(m);
 #if defined(DIMO_WITH_CUDA)
   dimo::define_scale_gradient(m);

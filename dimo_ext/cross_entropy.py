@@ -18,6 +18,7 @@ from ._checks import (
     check_values,
     require,
 )
+from ._memory import output_like
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
 _LIB.define(
@@ -36,7 +37,7 @@ def _masked_cross_entropy(
         return reference.masked_cross_entropy(
             logits, targets, mask, label_smoothing, valid_vocab, reduction, need_gradient
         )
-    gradient = torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+    gradient = output_like(logits) if need_gradient else logits.new_empty(0)
     value = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
     total = None if reduction == "none" else value.new_empty(())
     factor = value.new_empty(())

@@ -31,6 +31,7 @@ from ._checks import (
     check_values,
     require,
 )
+from ._memory import output_like
 from .divergences import Divergence, parse_divergence
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
@@ -58,7 +59,7 @@ def _token_divergence(
             receiver, teacher, auxiliary, divergence, uncond, guidance_scale, guidance_per_sample, teacher_temperature,
             auxiliary_temperature, teacher_log_floor, mask, factor, reduce, need_gradient,
         )  # fmt: skip
-    gradient = torch.empty_like(receiver) if need_gradient else None
+    gradient = output_like(receiver) if need_gradient else None
     value, zeroed = _run(
         kernel, teacher, auxiliary, gradient, divergence, uncond, guidance_scale, guidance_per_sample,
         teacher_temperature, auxiliary_temperature, teacher_log_floor, mask, factor, receiver.dtype != torch.float16,

@@ -11,6 +11,7 @@ from . import reference
 from ._autograd import refuse_forward_mode
 from ._backend import MAX_DIMS, key_argument, logit_rows, native_kernel, placement, rows_per_sample
 from ._checks import check_logits, check_number, check_tensor, check_values, require, require_type
+from ._memory import output_like
 from .random import resolve_key
 
 _LIB = torch.library.Library("dimo_ext", "FRAGMENT")
@@ -22,7 +23,7 @@ def _perturb_embeddings(embeddings: Tensor, key: Tensor, sigma: float, scale: Te
     kernel = native_kernel("perturb_embeddings", embeddings.device)
     if kernel is None or embeddings.dtype == torch.float64 or embeddings.dim() > MAX_DIMS:
         return reference.perturb_embeddings(embeddings, key, sigma, scale).contiguous()
-    perturbed = embeddings.new_empty(embeddings.shape)
+    perturbed = output_like(embeddings, embeddings.shape)
     key, scale = key.contiguous(), scale.to(torch.float32)
     kernel(
         embeddings.shape, [logit_rows(embeddings), logit_rows(perturbed)], rows_per_sample(embeddings),
@@ -35,7 +36,7 @@ def _embed_and_perturb(table: Tensor, tokens: Tensor, key: Tensor, sigma: float,
     kernel = native_kernel("embed_and_perturb", table.device)
     if kernel is None or table.dtype == torch.float64 or tokens.dim() >= MAX_DIMS:
         return reference.embed_and_perturb(table, tokens, key, sigma, scale).contiguous()
-    perturbed = _embed_and_perturb_fake(table, tokens)
+    perturbed = output_like(table, (*tokens.shape, table.shape[1]))
     key, scale, tokens = key.contiguous(), scale.to(torch.float32), tokens.contiguous()
     address, dtype, (row, column) = logit_rows(table)
     rows = (address, dtype, (row, *[0] * (tokens.dim() - 1), column))
@@ -59,8 +60,8 @@ def _setup_table_context(ctx, inputs, output) -> None:
 def _table_backward(ctx, upstream: Tensor):
     """Sum the gradients of each id's occurrences as nn.Embedding does."""
     tokens = ctx.saved_tensors[0].clamp(0, ctx.rows - 1)
-    gradient = torch.ops.aten.embedding_dense_backward(upstream, tokens, ctx.rows, -1, False)
-    return gradient * ctx.keep, None, None, None, None
+    gradient = torch.ops.aten.embedding_dense_backward(upstream * ctx.keep, tokens, ctx.rows, -1, False)
+    return gradient, None, None, None, None
 
 
 def _setup_context(ctx, inputs, output) -> None:

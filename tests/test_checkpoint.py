@@ -244,6 +244,14 @@ def test_load_teacher_refuses_another_kind(folder, tmp_path):
         load_teacher("maskgit")
 
 
+def test_load_teacher_refuses_a_student(folder):
+    """It was not trained to continue from every mask ratio."""
+    edit_config(folder, format="dimo.one_step_generator")
+    for arguments in (("digits", folder), (folder,)):
+        with pytest.raises(CheckpointError, match=r"model: expected a teacher .*, got a student \(dimo\.one_step_gen"):
+            load_teacher(*arguments)
+
+
 def test_load_teacher_keeps_the_sizes_of_a_maskgit(tmp_path):
     sizes = {**TINY, "grid_size": 3, "vocab_size": 5, "num_classes": 3}
     save_model(tmp_path / "m", MaskGITTeacher.build(sizes), FORM)

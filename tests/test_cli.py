@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import dimo_ext
-from dimo import cli, doctor
+from dimo import checkpoint, cli, doctor, state_dicts
 from dimo.checkpoint import load_model, read_model_config, save_model, versions
 from dimo.config import (
     DistillConfig,
@@ -240,6 +240,64 @@ def test_bad_paths(tmp_path, teacher, capsys):
     ]:
         assert run(*arguments) == 2, arguments
         assert_one_line_error(capsys, message)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch) -> Path:
+    """The current folder, with what a user may take for a teacher; weights and prompts must stay unread."""
+    for name, form, kind in [
+        ("digits_teacher", "dimo.teacher", "digits"), ("digits_student", "dimo.one_step_generator", "digits"),
+        ("prompted_teacher", "dimo.teacher", "meissonic"), ("prompted_student", "dimo.one_step_generator", "meissonic"),
+    ]:  # fmt: skip
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "config.json", json.dumps({"format": form, "format_version": 1, "kind": kind}))
+    (tmp_path / "released" / "transformer").mkdir(parents=True)
+    for module, name in ((checkpoint, "read_safetensors"), (state_dicts, "import_extra"), (cli, "read_prompts")):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+KINDS = "digits, maskgit, halton, meissonic, amused, mdlm"
+NO_KIND = f"teacher kind: expected one of {KINDS} (a folder or Hugging Face id belongs in the path), got "
+NOT_OURS = "expected a folder with model.safetensors and config.json for kind 'digits', found none"
+
+
+@pytest.mark.parametrize("prompts", [False, True], ids=["", "prompts"])
+@pytest.mark.parametrize("command", ["distill", "doctor"])
+@pytest.mark.parametrize(
+    ("kind", "path", "message"),
+    [
+        # a path, an id or nonsense in the place of the kind
+        ("digits_teacher", None, NO_KIND + "'digits_teacher'"),
+        ("prompted_teacher", None, NO_KIND + "'prompted_teacher'"),
+        ("digits_teacher", "digits_teacher", NO_KIND + "'digits_teacher'"),
+        ("released", None, NO_KIND + "'released'"),
+        ("some-one/teacher", None, NO_KIND + "'some-one/teacher'"),
+        ("Meissonic", "prompted_teacher", NO_KIND + "'Meissonic'"),
+        # a kind in the place of the path
+        (None, "meissonic", "teacher path: expected a file or folder, got 'meissonic', which is a teacher kind"),
+        ("meissonic", "meissonic", "teacher path: expected a file or folder, got 'meissonic', which is a teacher kind"),
+        # nothing there
+        (None, "nowhere", f"nowhere: {NOT_OURS}"),
+        ("meissonic", "nowhere", "nowhere: no such file or folder; `dimo convert` writes one"),
+        # another kind than the one given, or than digits, which is left out
+        ("meissonic", "digits_teacher", "digits_teacher: expected a teacher of kind 'meissonic', got 'digits'"),
+        (None, "prompted_teacher", "prompted_teacher: expected a teacher of kind 'digits', got 'meissonic'"),
+        (None, "released", f"released: {NOT_OURS}"),
+        # a student
+        (None, "digits_student", "expected a teacher (dimo.teacher), got a student (dimo.one_step_generator)"),
+        ("meissonic", "prompted_student", "expected a teacher (dimo.teacher), got a student (dimo.one_step_generator)"),
+    ],
+)
+def test_what_is_no_teacher_is_told_before_anything_is_read(command, kind, path, message, prompts, places, capsys):
+    arguments = ["--config", write(places / "c.yaml", {"run": {"output": "out"}})]
+    arguments += ["--teacher.kind", kind] if kind else []
+    arguments += ["--teacher.path", path] if path else []
+    arguments += ["--prompts.path", "p.txt"] if prompts else []
+    assert run(command, *arguments) == 2
+    assert_one_line_error(capsys, message)
+    assert not (places / "out").exists()
 
 
 def published(folder: Path) -> dict[str, Path]:

@@ -80,8 +80,8 @@ def plain_draw(student: MaskGITTeacher, method: MethodConfig, key) -> tuple[torc
     noise = dimo_ext.perturb_embeddings(
         torch.zeros(BATCH, LENGTH, table.shape[1], dtype=table.dtype), 1.0, key=dimo_ext.fold_in(key, 1)
     )
-    perturb = lambda e: sigma * scale * noise + math.sqrt(1 - sigma**2) * e  # noqa: E731
-    logits = student.network(x_init, CONDITION, perturb=perturb)
+    embed = lambda ids, table: sigma * scale * noise + math.sqrt(1 - sigma**2) * F.embedding(ids, table)  # noqa: E731
+    logits = student.network(x_init, CONDITION, embed=embed)
     drawn = dimo_ext.sample_categorical(
         logits / method.student_temperature, key=dimo_ext.fold_in(key, 2)
     )  # the temperature divides

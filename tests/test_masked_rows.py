@@ -41,6 +41,33 @@ def assert_zero_where_masked_out(mask: Tensor, *outputs: Tensor) -> None:
 SIDES = ["teacher_logits", "auxiliary_logits", "teacher_uncond_logits", "all"]
 
 
+@pytest.mark.parametrize(
+    ("divergence", "dtype", "vocab", "poison"), cross(DIVERGENCES, DTYPES, [1, 33, 600], POISONS), ids=str
+)
+def test_divergence_of_rows_side_by_side(device, divergence, dtype, vocab, poison):
+    """As a convolution's output has them: those that do not count share registers and cache lines with others."""
+    mask = (torch.rand(2, 67, generator=torch.Generator().manual_seed(2)) < 0.5).to(device)
+    mask[0, 16:48] = False
+
+    def run(mask, poison=None):
+        logits = LogitsCase((2, 67), vocab, dtype, "vocab_first").build(device, 3)
+        if poison is not None:
+            logits = [poisoned(z, mask, poison) for z in logits]
+        teacher, auxiliary, uncond = logits
+        scale = torch.tensor([1.5, 2.0], device=device)
+        return with_gradient(
+            lambda z: dx.token_divergence(
+                teacher, z, divergence, mask=mask, teacher_uncond_logits=uncond, guidance_scale=scale
+            ),
+            auxiliary,
+        )
+
+    clean, dirty = run(mask), run(mask, poison)
+    assert_same_bits(clean, dirty)
+    assert_zero_where_masked_out(mask, *dirty)
+    assert_same_bits([x[mask] for x in dirty], [x[mask] for x in run(None)])
+
+
 @pytest.mark.parametrize(("divergence", "dtype", "side", "poison"), cross(DIVERGENCES, DTYPES, SIDES, POISONS), ids=str)
 def test_token_divergence(device, divergence, dtype, side, poison):
     """The counted rows get what they get without a mask."""

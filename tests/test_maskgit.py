@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from dimo.networks.maskgit import MaskGITConfig, MaskTransformer
@@ -92,14 +93,14 @@ def test_attention_averaged_over_heads(golden, network, tokens, classes):
 
 
 def test_embedding_noise(golden, network, tokens, classes):
-    """The original's own noise through ``perturb``: before positions, on the tokens alone."""
+    """The original's own noise through ``embed``: before positions, on the tokens alone."""
     sigma, noise = golden["in.noise_emb_perturb"].item(), golden["in.noise"][:, : GRID * GRID]
 
-    def perturb(embeddings):
-        assert embeddings.shape == noise.shape  # the class token is not among them
-        return sigma * noise + (1 - sigma**2) ** 0.5 * embeddings
+    def embed(ids, table):
+        assert ids.shape == noise.shape[:2]  # the class token is not among them
+        return sigma * noise + (1 - sigma**2) ** 0.5 * F.embedding(ids, table)
 
-    assert_golden(network(tokens, classes, columns=WITH_MASK, perturb=perturb), golden["out.logits_noise"])
+    assert_golden(network(tokens, classes, columns=WITH_MASK, embed=embed), golden["out.logits_noise"])
 
 
 def test_guidance_per_sample(golden, network, tokens, classes):
@@ -111,9 +112,10 @@ def test_guidance_per_sample(golden, network, tokens, classes):
 
 def test_class_token_is_not_perturbed(network, tokens, classes):
     """With all token embeddings replaced by zeros the logits still depend on the class, and on nothing else."""
-    blank = network(tokens, classes, perturb=torch.zeros_like)
-    assert torch.equal(blank, network(torch.zeros_like(tokens), classes, perturb=torch.zeros_like))
-    assert (blank - network(tokens, (classes + 1) % CLASSES, perturb=torch.zeros_like)).abs().max() > 1e-3
+    zeros = lambda ids, table: F.embedding(ids, torch.zeros_like(table))  # noqa: E731
+    blank = network(tokens, classes, embed=zeros)
+    assert torch.equal(blank, network(torch.zeros_like(tokens), classes, embed=zeros))
+    assert (blank - network(tokens, (classes + 1) % CLASSES, embed=zeros)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("columns", [1, 7, VOCAB, None])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dimo.config import ConfigError, PromptsConfig
 from dimo.data import encoded as encoded_module
@@ -236,6 +237,49 @@ def test_a_file_that_was_cut_short_is_made_anew(folder, tmp_path):
     torch.testing.assert_close(
         prompts.rows(torch.arange(3)).pooled, encoder.encode(PROMPTS).pooled, rtol=2e-3, atol=2e-3
     )
+
+
+@pytest.mark.parametrize("size", [1, 256], ids=["a byte", "zeros"])
+@pytest.mark.parametrize("name", ["states", "pooled", "checksums"])
+def test_a_damaged_file_of_the_right_size_is_an_error(name, size, folder, tmp_path):
+    """A bad copy, or a disk's: the prompt that it hits is refused, by name of the file; others are read as ever."""
+    whole = EncodedPrompts(PROMPTS, PromptEncoder(folder), tmp_path).rows(torch.arange(3))
+    victim = EncodedPrompts(PROMPTS, PromptEncoder(folder), tmp_path)._paths[0]
+    damage(victim, name, size)
+    prompts = EncodedPrompts(PROMPTS, PromptEncoder(folder), tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{victim}: damaged, found in prompt 1: delete it"):
+        prompts.rows(torch.tensor([2, 0, 1]))
+    for part, expected in zip(prompts.rows(torch.tensor([2, 0])), whole, strict=True):
+        assert torch.equal(part, expected[[2, 0]])
+    victim.unlink()
+    anew = EncodedPrompts(PROMPTS, PromptEncoder(folder), tmp_path).rows(torch.arange(3))
+    for part, expected in zip(anew, whole, strict=True):
+        assert torch.equal(part, expected)
+
+
+def damage(path, name, size):
+    """Change a byte at the end of a tensor's last row, or make up to ``size`` of that row's bytes zero."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])[name]
+    row = (header["data_offsets"][1] - header["data_offsets"][0]) // header["shape"][0]
+    end = start + header["data_offsets"][1]
+    if size == 1:
+        content[end - 1] ^= 1
+    else:
+        content[end - min(size, row) : end] = bytes(min(size, row))
+    path.write_bytes(content)
+
+
+def test_a_file_without_checksums_is_made_anew(folder, tmp_path):
+    """As versions before them wrote it."""
+    path = EncodedPrompts(PROMPTS[:2], PromptEncoder(folder), tmp_path)._paths[0]
+    stored = load_file(path)
+    del stored["checksums"]
+    save_file(stored, path)
+    encoder = Counting(folder)
+    EncodedPrompts(PROMPTS[:2], encoder, tmp_path).rows(torch.arange(2))
+    assert encoder.count == 2
 
 
 def test_numbers_that_the_type_cannot_hold_are_refused(folder, tmp_path):

@@ -10,7 +10,7 @@ from dimo.published_samplers import amused_plan, sample_amused, sample_mdlm
 from dimo.samplers import sample_ancestral
 from dimo.schedules import mask_ratio
 from dimo.teachers import MaskGITTeacher, MDLMTeacher
-from dimo_ext import reference
+from dimo_ext.reference import reveal
 from tests.golden import Golden
 
 RUNS = [("amused", 0), ("amused", 1), ("meissonic", 0), ("meissonic", 1)]
@@ -50,8 +50,8 @@ def test_recorded_runs(run, monkeypatch):
         )
         log_prob = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         uniform = tensors.get(f"in.step{step}.uniform", torch.full(drawn.shape, 0.5)).double()  # the last draws none
-        monkeypatch.setattr(reference, "sample_categorical", lambda *_, draw=(drawn, log_prob): draw)
-        monkeypatch.setattr(reference, "uniform", lambda _, noise=uniform: noise)
+        monkeypatch.setattr(reveal, "sample_categorical", lambda *_, draw=(drawn, log_prob): draw)
+        monkeypatch.setattr(reveal, "uniform", lambda _, noise=uniform: noise)
         with dimo_ext.use_backend("reference"):
             key = dimo_ext.random_key(0)
             tokens = dimo_ext.reveal_confident(logits, tokens, counts, mask_id, noise_scale=scale, key=key)

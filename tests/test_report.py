@@ -1,6 +1,7 @@
 """Tables, pictures and files: contents are read back, and a failed write leaves the old file."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -97,6 +98,42 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         files.write_json(path, {"a": float("nan")})
     with pytest.raises(UnicodeEncodeError), files.atomic_path(path) as temporary:
         temporary.write_text("half a file, then é", encoding="ascii")
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "folder there already"])
+def test_data_are_on_disk_before_their_name(kind, tmp_path, monkeypatch):
+    """Else a crash of the machine leaves the new name with nothing behind it."""
+    path, synced = tmp_path / "target", {}
+    if kind == "folder there already":
+        path.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda d: synced.update({os.fstat(d).st_ino: snapshot(path)}))
+    before = snapshot(path)
+    with files.atomic_path(path) as temporary:
+        if kind != "file":
+            (temporary / "deep").mkdir(parents=True)
+        (temporary if kind == "file" else temporary / "deep" / "file").write_text("content")
+    written = [path, *path.rglob("*")]
+    assert len(written) == (1 if kind == "file" else 3)
+    assert synced == {part.stat().st_ino: before for part in written}
+
+
+def snapshot(path):
+    """What stands at a path: its number, or None."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def test_failed_sync_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    files.write_json(path, {"a": 1})
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 

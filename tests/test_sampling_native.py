@@ -45,6 +45,20 @@ def test_every_row(isa, vocab, dtype, layout, pattern, filters, temperature):
     assert_same_draws(draw_of(logits, keys, uncond_logits=uncond, guidance_scale=scale, **options))
 
 
+@pytest.mark.parametrize("options", [*FILTERS, {"temperature": 0.0}])
+@pytest.mark.parametrize("vocab", [1, 33, 65, 200])
+def test_nothing_is_left_of_an_earlier_call(isa, vocab, options):
+    """What a row of NaN left behind the last id, in memory that the next call takes, is none of its logits."""
+    logits, uncond = LogitsCase((2, 9), vocab).build(CPU)
+    options = options | {"uncond_logits": uncond, "guidance_scale": 1.7}
+    call = draw_of(logits, dx.random_key(vocab), **options)
+    poison = torch.full((1, 256), nan)
+    for _ in range(3):
+        draw_of(poison, dx.random_key(1), **options | {"uncond_logits": poison})()
+        assert (call().tokens >= 0).all()
+        assert_same_draws(call)
+
+
 @pytest.mark.parametrize("vocab", [18, 300, 1025])
 def test_one_id_in_ten_thousand(isa, vocab):
     """30,000 draws from 3,000 rows: the ids of the reference but for floating-point ties."""

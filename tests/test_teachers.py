@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dimo_ext
 from dimo.data.digits import load_digits_split
@@ -71,10 +72,17 @@ def test_embedding_noise_is_the_perturbation_of_the_token_embeddings(scale, teac
     table = teacher.network.tok_emb.weight
     size = 1.0 if scale == "unit" else table.square().mean().sqrt().item()
     noise = dimo_ext.perturb_embeddings(torch.zeros(4, 64, 16), 1.0, key=key)  # sigma 1 leaves the noise alone
-    expected = teacher.network(tokens, labels, perturb=lambda e: 0.6 * size * noise + 0.8 * e)
+    expected = teacher.network(
+        tokens, labels, embed=lambda ids, table: 0.6 * size * noise + 0.8 * F.embedding(ids, table)
+    )
     actual = teacher.logits(tokens, labels, embedding_noise=0.6, embedding_noise_scale=scale, key=key)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (actual - teacher.logits(tokens, labels)).abs().max() > 1e-2
+
+
+def test_embedding_noise_is_added_by_the_lookup_itself(monkeypatch, teacher, tokens):
+    monkeypatch.delattr(dimo_ext, "perturb_embeddings")  # the second pass over the embeddings
+    teacher.logits(tokens, torch.arange(4), embedding_noise=0.6, key=dimo_ext.random_key(3))
 
 
 def test_unknown_noise_scale_lists_the_valid_ones(teacher, tokens):

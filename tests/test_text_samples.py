@@ -189,7 +189,8 @@ def test_guiding_texts_is_an_error(models, tmp_path):
     ],
 )
 def test_prompts_are_checked_before_anything_is_loaded(arguments, message, tmp_path, capsys):
-    assert cli.main(["distill", "--run.output", str(tmp_path / "run"), "--teacher.path", "nowhere", *arguments]) == 2
+    path = ["--teacher.path", "some-one/teacher"]  # whose download would fail
+    assert cli.main(["distill", "--run.output", str(tmp_path / "run"), *path, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dimo.checkpoint import CheckpointError, read_checkpoint_header
 from dimo.config import (
@@ -445,6 +446,56 @@ def test_another_configuration_in_the_folder_is_refused(tmp_path):
     run_training(DistillationTrainer(tiny(), free), free)
 
 
+def edit_stored(folder: Path, change) -> None:
+    """Change the configuration that a checkpoint holds."""
+    path = folder / CHECKPOINT
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    config = json.loads(header["config"])
+    change(config)
+    save_file(load_file(path), path, metadata=header | {"config": json.dumps(config)})
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_run_goes_on_that_was_stored_before_a_key_existed(kind, tmp_path):
+    """Its keys, sections even, count as their defaults; what comes out is the straight run's."""
+    run_training(*make(kind, tmp_path / "straight"))
+    dying, config = make(kind, tmp_path / "resumed")
+    before_step(dying, 4, crash)
+    with pytest.raises(Crash):
+        run_training(dying, config)
+
+    def forget(config: dict) -> None:
+        del config["run"]["cuda_graph"], config["run"]["precision"], config["run"]["accumulation_steps"]
+        for name in {"distill": ("prompts", "report"), "pretrain": ("kind", "label_smoothing")}[kind]:
+            del config[name]
+
+    edit_stored(tmp_path / "resumed", forget)
+    run_training(*make(kind, tmp_path / "resumed"))
+    assert_same_files(tmp_path / "straight", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["run"].pop("accumulation_steps"), "(run.accumulation_steps: 1 there, 2 now)"),
+        (lambda c: c["run"].update(accumulation_steps=2, warp=9), "(run.warp: 9 there, unknown now)"),
+        (lambda c: c["run"].update(accumulation_steps=2, warp=None), "(run.warp: None there, unknown now)"),
+        (lambda c: [c["run"].update(accumulation_steps=2), c.update(era={"a": 1})], "(era: {'a': 1} there, unknown"),
+        (
+            lambda c: [c["run"].update(accumulation_steps=2), c.pop("teacher_weights")],
+            "(teacher_weights: None there, '",
+        ),
+    ],
+)
+def test_a_run_of_another_version_is_refused(change, message, tmp_path):
+    """Where a default is not what is asked for now, where a key is unknown, where the teacher is not known."""
+    run_training(*make("distill", tmp_path))
+    edit_stored(tmp_path, change)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_training(*make("distill", tmp_path, accumulation_steps=2))
+
+
 def test_another_teacher_is_refused(tmp_path):
     """Equal settings, other weights: they decide the run as much as its settings do."""
     trainer, config = make("distill", tmp_path)
@@ -481,8 +532,6 @@ def test_truncated_checkpoint_is_refused_and_left_alone(tmp_path):
 
 
 def test_foreign_file_in_the_place_of_the_checkpoint(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"a": torch.ones(1)}, tmp_path / CHECKPOINT)
     with pytest.raises(CheckpointError, match="not a checkpoint of a run"):
         run_training(*make("distill", tmp_path))

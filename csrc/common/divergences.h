@@ -37,7 +37,7 @@ struct Limits {
 
 constexpr float kInfinity = INFINITY;
 
-// Up to here, in nats, the largest logits of both sides count as near; as in reference.py.
+// Up to here, in nats, the largest logits of both sides count as near; as in reference/divergence.py.
 constexpr float kNearTops = 16.0f;
 
 // Where |log p/q| is below this, series stand for differences that would cancel; elsewhere they may overflow, unused.

@@ -90,11 +90,4 @@ DIMO_HOST_DEVICE static inline bool is_dense(const RowShape& shape, const LogitR
   return shape.vocab == 1 || logits.vocab_stride == 1;
 }
 
-// Whether rows and ids fill their memory, in whatever order.
-DIMO_HOST_DEVICE static inline bool has_no_gaps(const RowShape& shape, const LogitRows& logits) {
-  int64_t last = (shape.vocab - 1) * logits.vocab_stride;
-  for (int d = 0; d < shape.dims; ++d) last += (shape.sizes[d] - 1) * logits.strides[d];
-  return last + 1 == shape.rows * shape.vocab;
-}
-
 }  // namespace dimo

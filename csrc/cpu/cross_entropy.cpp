@@ -4,7 +4,6 @@
 
 #include "common/cross_entropy.h"
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "ops.h"
 
@@ -32,14 +31,13 @@ double sum_of(const float* values, int64_t n) {
 
 }  // namespace
 
-void masked_cross_entropy(const CrossEntropyArgs& args, int num_threads) {
+void masked_cross_entropy(const CrossEntropyArgs& given, int num_threads) {
+  CrossEntropyArgs args = given;
+  merge_dims(args.shape, {&args.logits, &args.gradient});
   constexpr int64_t kEntriesPerTask = 65536;  // about 0.1 ms
   constexpr int64_t kRowsAcross = 16;         // short rows are taken so many at a time
   constexpr int64_t kRowsOfColumns = 256;
   *args.factor = args.mean ? args.scale / static_cast<float>(std::max<int64_t>(count_tokens(args), 1)) : args.scale;
-  const LogitRows& gradient = args.gradient;
-  const int64_t bytes = args.shape.rows * args.shape.vocab * bytes_of(gradient.dtype);
-  if (gradient.data != nullptr && has_no_gaps(args.shape, gradient)) prefer_huge_pages(gradient.data, bytes);
   // Where the vocabulary is strided, many rows share what is read at once.
   const int64_t rows = args.logits.vocab_stride == 1 ? kEntriesPerTask / args.shape.vocab : kRowsOfColumns;
   const auto kernel = DIMO_PICK(cross_entropy_rows);

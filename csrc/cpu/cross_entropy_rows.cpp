@@ -226,6 +226,7 @@ void run_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end) {
     }
   }
   if (count > 0) tile.run(counted, count);
+  finish_streams();
 }
 
 template <class Layout, bool kSmooth>

@@ -9,25 +9,56 @@
 namespace dimo::cpu {
 namespace {
 
+bool counts(const TokenDivergenceArgs& args, int64_t row) {
+  return (args.mask == nullptr || args.mask[row]) && factor_of(args, row) != 0.0f;
+}
+
+// Value and gradient are 0.
+void skip_row(const TokenDivergenceArgs& args, int64_t row) {
+  args.value[row] = 0.0f;
+  if (args.gradient.data != nullptr) zero_row(args.shape, args.gradient, row);
+}
+
+// Whether rows lie side by side, as in [B, V, H, W]: they share cache lines, those that do not count come along.
+bool side_by_side(const TokenDivergenceArgs& args) {
+  const int32_t last = args.shape.dims - 1;
+  if (last < 0 || args.shape.sizes[last] < kLanes) return false;
+  for (const LogitRows* logits : {&args.teacher, &args.uncond, &args.auxiliary, &args.gradient})
+    if (logits->data != nullptr && (logits->vocab_stride == 1 || logits->strides[last] != 1)) return false;
+  return true;
+}
+
+template <class Tile>
+void run_counting(Tile& tile, const TokenDivergenceArgs& args, const int64_t* rows, int count, uint32_t counting,
+                  int64_t next) {
+  if (counting != 0) return tile.run(rows, count, counting, next);
+  for (int r = 0; r < count; ++r) skip_row(args, rows[r]);
+}
+
 template <class Layout, class Divergence, bool kWhole>
 void run_rows(const TokenDivergenceArgs& args, int64_t begin, int64_t end) {
   Buffers buffers;
   Tile<Layout, Divergence, kWhole> tile(args, buffers);
-  int64_t counted[Layout::kRows];
+  const bool together = Layout::kRows > 1 && side_by_side(args);
+  int64_t rows[Layout::kRows] = {};
   int count = 0;
+  uint32_t counting = 0;
   for (int64_t row = begin; row < end; ++row) {
-    if ((args.mask != nullptr && !args.mask[row]) || factor_of(args, row) == 0.0f) {
-      args.value[row] = 0.0f;
-      if (args.gradient.data != nullptr) zero_row(args.shape, args.gradient, row);
+    const bool wanted = counts(args, row);
+    if (!wanted && !together) {
+      skip_row(args, row);
       continue;
     }
     if (count == Layout::kRows) {
-      tile.run(counted, count, row);
+      run_counting(tile, args, rows, count, counting, row);
       count = 0;
+      counting = 0;
     }
-    counted[count++] = row;
+    counting |= static_cast<uint32_t>(wanted) << count;
+    rows[count++] = row;
   }
-  if (count > 0) tile.run(counted, count, counted[0]);
+  run_counting(tile, args, rows, count, counting, rows[0]);
+  finish_streams();
 }
 
 template <class Layout, class Divergence>

@@ -8,7 +8,6 @@
 #include "common/rows.h"
 #include "cpu/divergence_softmax.h"
 #include "cpu/layouts.h"
-#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -45,14 +44,12 @@ class Tile {
         consecutive_(Layout::kRows == 1 && alike(args.teacher, args.auxiliary) &&
                      (args.uncond.data == nullptr || alike(args.teacher, args.uncond))),
         streams_(Layout::kRows == 1 && args.gradient.dtype == DType::float32 && args.gradient.vocab_stride == 1 &&
-                 args.shape.rows * args.shape.vocab * bytes_of(args.gradient.dtype) >= kLargeBytes) {}
+                 is_large(args.shape, args.gradient)) {}
 
-  ~Tile() {
-    if (streams_) finish_streams();
-  }
-
-  // Rows that count, at most Layout::kRows of them, and the one that will be run next.
-  void run(const int64_t* rows, int count, int64_t next) {
+  // At most Layout::kRows rows, which of them count (bit r), and the one that will be run next. Those that do not count
+  // leave zeros.
+  void run(const int64_t* rows, int count, uint32_t counting, int64_t next) {
+    counting_ = Layout::kRows == 1 ? ~Int{} : (lane_bits() & static_cast<int32_t>(counting)) != 0;
     locate(rows, count);
     row_ = rows[0];
     next_ = next + Layout::kAhead < args_.shape.rows ? next + Layout::kAhead : next;
@@ -70,16 +67,18 @@ class Tile {
 
   void locate(const int64_t* rows, int count) {
     alignas(64) float scales[Layout::kRows], factors[Layout::kRows];
+    int64_t all[Layout::kRows];
+    for (int r = 0; r < Layout::kRows; ++r) all[r] = rows[r < count ? r : 0];  // idle lanes repeat the first row
+    const auto locate = [&](const LogitRows& logits, Offsets& offsets) {
+      for (int r = 0; r < Layout::kRows; ++r) offsets[r] = row_offset(args_.shape, logits, all[r]);
+    };
+    locate(args_.teacher, teacher_);
+    locate(args_.uncond, uncond_);
+    locate(args_.auxiliary, auxiliary_);
+    locate(args_.gradient, gradient_);
     for (int r = 0; r < Layout::kRows; ++r) {
-      const int64_t row = rows[r < count ? r : 0];  // idle lanes repeat the first row
-      int64_t offsets[4];
-      row_offsets(args_.shape, row, {&args_.teacher, &args_.uncond, &args_.auxiliary, &args_.gradient}, offsets);
-      teacher_[r] = offsets[0];
-      uncond_[r] = offsets[1];
-      auxiliary_[r] = offsets[2];
-      gradient_[r] = offsets[3];
-      scales[r] = scale_of(args_, row);
-      factors[r] = factor_of(args_, row);
+      scales[r] = scale_of(args_, all[r]);
+      factors[r] = factor_of(args_, all[r]);
     }
     scale_ = Layout::of_rows(scales);
     factor_ = Layout::of_rows(factors);
@@ -168,12 +167,12 @@ class Tile {
                 : any(scale_ == 1.0f)                               ? Guidance::careful
                                                                     : Guidance::quick;
     sum_weights();
-    if (guidance_ == Guidance::quick && any(~is_finite(moment_))) {
+    if (guidance_ == Guidance::quick && any(~is_finite(moment_) & counting_)) {
       guidance_ = Guidance::careful;
       sum_weights();
     }
     const Int clean = is_finite(moment_);  // -inf makes it NaN or infinite
-    filtered_ = any(~clean) || args_.teacher_log_floor > -kInfinity;
+    filtered_ = any(~clean & counting_) || args_.teacher_log_floor > -kInfinity;
     teacher_softmax_.finish(Layout::sum_over_row(teacher_softmax_.sum));
     auxiliary_softmax_.finish(Layout::sum_over_row(auxiliary_softmax_.sum));
     // log p - log q comes from the logits' difference, which is exact where they nearly agree; where the tops lie far
@@ -276,7 +275,7 @@ class Tile {
 
   void sum_pull() {
     Vec pull = Vec{};
-    if (!Divergence::kPullFromMean || any(~ordinary_)) {
+    if (!Divergence::kPullFromMean || any(~ordinary_ & counting_)) {
       each_chunk_again([&](int64_t, int64_t n) {
         Vec part = Vec{};
         each_terms(n, [&](int64_t, Vec, const Terms<Vec>& t) { part += t.pull; });
@@ -300,14 +299,15 @@ class Tile {
         part += t.value;
         if constexpr (Divergence::kTwoValues) second_part += t.second;
         if (!wanted) return;
-        const Vec g = (t.pull - q * pull) * scale;
+        Vec g = (t.pull - q * pull) * scale;
+        if constexpr (Layout::kRows > 1) g = counting_ ? g : Vec{};
         const Int magnitude = reinterpret_cast<Int>(g) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
         store(buffers_.other + i, g);
       };
       bool far = false;
       if constexpr (Divergence::kPullFromMean) {
-        far = all(far_);
+        far = all(far_ | ~counting_);
         if (far)
           each_register(n, [&](auto last, int64_t i) {
             Vec q;
@@ -339,14 +339,15 @@ class Tile {
 
   void finish(const int64_t* rows, int count, Vec value, Vec second, Int usable) const {
     if (Layout::kRows == 1) usable = all(usable) ? ~Int{} : Int{};
-    const Vec divergence = dead_ ? Vec{} : divergence_.combine(value, second);
+    const Vec divergence = dead_ | ~counting_ ? Vec{} : divergence_.combine(value, second);
     const Int lost = ~dead_ & (~usable | (divergence != divergence));
     float values[kLanes];
     store(values, divergence * factor_);
     for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
-    if (args_.gradient.data == nullptr || !any(dead_ | lost)) return;
+    const Int zeroed = (dead_ | lost) & counting_;
+    if (args_.gradient.data == nullptr || !any(zeroed)) return;
     for (int r = 0; r < count; ++r) {
-      if (dead_[r] != 0 || lost[r] != 0) zero_row(args_.shape, args_.gradient, rows[r]);
+      if (zeroed[r] != 0) zero_row(args_.shape, args_.gradient, rows[r]);
       if (lost[r] != 0) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
     }
   }
@@ -365,7 +366,8 @@ class Tile {
   Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};
   Vec mean_x_ = Vec{};  // sum q x, where the row is ordinary
   Int dead_ = Int{}, ordinary_ = Int{};
-  Int far_ = Int{};  // ordinary rows that need no series
+  Int far_ = Int{};       // ordinary rows that need no series
+  Int counting_ = Int{};  // the other lanes decide nothing
   bool filtered_ = false;
 };
 

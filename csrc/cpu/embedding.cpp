@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "ops.h"
 
@@ -11,7 +10,6 @@ namespace dimo::cpu {
 void perturb_embeddings(const PerturbEmbeddingsArgs& args, int num_threads) {
   constexpr int64_t kEntriesPerTask = 32768;  // about 0.1 ms
   const int64_t rows = std::max<int64_t>(kEntriesPerTask / std::max<int64_t>(args.shape.vocab, 1), 1);
-  prefer_huge_pages(args.out.data, args.shape.rows * args.shape.vocab * (args.out.dtype == DType::float32 ? 4 : 2));
   const auto kernel = DIMO_PICK(perturb_embeddings_rows);
   parallel_rows(args.shape.rows, rows, num_threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

@@ -11,12 +11,14 @@
 
 #include "common/rows.h"
 #include "cpu/logits.h"
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 
 namespace dimo::cpu {
 namespace {
 
 constexpr int kBuffer = 4096;                // floats; five buffers stay in the second-level cache
+constexpr int64_t kLongRowBytes = 1024;      // from here on zeros may go past the caches
 constexpr int64_t kShortVocab = 8 * kLanes;  // up to here rows lie across the lanes
 
 DIMO_INLINE Vec minus_infinity() { return VecMath::splat(-INFINITY); }
@@ -40,6 +42,13 @@ DIMO_INLINE Int is_finite(Vec x) { return VecMath::abs(x) < INFINITY; }
 DIMO_INLINE Int lane_numbers() {
   Int lanes;
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// Lane i has bit i.
+DIMO_INLINE Int lane_bits() {
+  Int lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = 1 << i;
   return lanes;
 }
 
@@ -75,14 +84,30 @@ DIMO_INLINE Vec load_some(const T* from, int64_t n) {
   for (; i < n; ++i) to[i] = from[i];
 }
 
+// Zeros with stream(), whatever they stand for.
+inline void stream_zeros(char* to, int64_t bytes) {
+  char* const end = to + bytes;
+  for (; to < end && reinterpret_cast<uintptr_t>(to) % sizeof(Vec) != 0; ++to) *to = 0;
+  for (; end - to >= static_cast<int64_t>(sizeof(Vec)); to += sizeof(Vec)) stream(reinterpret_cast<float*>(to), Vec{});
+  std::memset(to, 0, static_cast<size_t>(end - to));
+}
+
+// Whether what is written goes past the caches.
+inline bool is_large(const RowShape& shape, const LogitRows& rows) {
+  return shape.rows * shape.vocab * bytes_of(rows.dtype) >= kLargeBytes;
+}
+
 // The largest magnitude that does not round to infinity lies below this.
 [[maybe_unused]] float overflow_bound(DType dtype) {
   if (dtype == DType::float16) return 65520.0f;
   return dtype == DType::bfloat16 ? 0x1.ffp127f : INFINITY;
 }
 
-[[maybe_unused]] void zero_row(const RowShape& shape, const LogitRows& rows, int64_t row) {
-  const int64_t offset = row_offset(shape, rows, row);
+// finish_streams() comes before another thread may read.
+inline void zero_row(const RowShape& shape, const LogitRows& rows, int64_t row) {
+  const int64_t offset = row_offset(shape, rows, row), bytes = shape.vocab * bytes_of(rows.dtype);
+  if (rows.vocab_stride == 1 && bytes >= kLongRowBytes && is_large(shape, rows))
+    return stream_zeros(static_cast<char*>(rows.data) + offset * bytes_of(rows.dtype), bytes);
   with_type(rows.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     zero_run(rows.vocab_stride, shape.vocab, static_cast<T*>(rows.data) + offset);

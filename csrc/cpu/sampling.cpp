@@ -7,7 +7,9 @@
 
 namespace dimo::cpu {
 
-void sample_categorical(const SampleCategoricalArgs& args, int num_threads) {
+void sample_categorical(const SampleCategoricalArgs& given, int num_threads) {
+  SampleCategoricalArgs args = given;
+  merge_dims(args.shape, {&args.logits, &args.uncond});
   constexpr int64_t kEntriesPerTask = 131072;  // about 0.1 ms
   constexpr int64_t kRowsAcross = 16;          // short rows are taken so many at a time
   const int64_t rows = kEntriesPerTask / std::max<int64_t>(args.shape.vocab, 1);

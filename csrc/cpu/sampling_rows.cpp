@@ -120,7 +120,8 @@ class Along {
     fill<float>(to + n, to + width_of(c), -INFINITY);
     if (!guided_) return;
     read(args_.uncond, uncond_ + begin * args_.uncond.vocab_stride, n, other_);
-    for (int64_t i = 0; i < n; i += kLanes)  // what follows the last id stays -inf
+    fill<float>(other_ + n, other_ + width_of(c), -INFINITY);
+    for (int64_t i = 0; i < n; i += kLanes)
       store(to + i, guided(load(to + i), load(other_ + i), VecMath::splat(scale_)));
   }
 

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import atomic_path
-from .state_dicts import CheckpointError, build_on_meta, load_exactly, locate, read_safetensors
+from .state_dicts import CheckpointError, build_on_meta, is_hub_id, load_exactly, locate, read_safetensors
 from .teachers import TEACHERS, Teacher
 from .tokenizers import TOKENIZERS, Tokenizer
 
 FORMAT_VERSION = 1
+TEACHER_FORMAT = "dimo.teacher"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.safetensors"
 PATTERNS = (WEIGHTS, CONFIG, TOKENIZER, "text_encoder/*", "tokenizer/*")  # of a folder that dimo wrote
 _OWN_NAMES = {pattern.split("/")[0] for pattern in PATTERNS}
@@ -157,27 +158,61 @@ def load_teacher(
         options: of the kind's ``from_original``, where a published checkpoint does not tell all.
 
     Raises:
-        CheckpointError: an unknown kind or option, a kind without shipped weights, files that are missing, truncated or
-            of another kind or layout; names and shapes that do not fit are listed in full.
+        CheckpointError: an unknown kind or option, a kind without shipped weights, a student, files that are missing,
+            truncated or of another kind or layout; names and shapes that do not fit are listed in full.
     """
-    if str(kind_or_path) not in TEACHERS:
+    if path is None and str(kind_or_path) not in TEACHERS:
         folder = locate(kind_or_path, PATTERNS)
-        if path is not None or not folder.exists():
-            expected = f"one of {', '.join(TEACHERS)}" + ("" if path is not None else ", or a folder written by dimo")
+        if not folder.exists():
+            expected = f"one of {', '.join(TEACHERS)}, or a folder written by dimo"
             raise CheckpointError(f"teacher kind: expected {expected}, got {str(kind_or_path)!r}")
         return _from_folder(folder, None, tokenizer, options)
-    cls = TEACHERS[str(kind_or_path)]
+    cls = check_teacher(kind_or_path, path)
     if path is None:
         return _from_folder(_shipped(cls.kind), cls, tokenizer, options)
     source = locate(path, cls.hub_patterns + PATTERNS)
-    if cls.published and not source.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; `dimo convert` writes one from a published checkpoint, see docs/teachers"
-        )
     if not cls.published or _is_ours(source):
         return _from_folder(source, cls, tokenizer, options)
     _check_options(cls, options)
     return cls.from_original(source, tokenizer=tokenizer, **options).eval().requires_grad_(False)
+
+
+def check_teacher(kind: str | os.PathLike, path: str | os.PathLike | None) -> type[Teacher]:
+    """Return the class of a kind, after a look at what stands at a local path; nothing is loaded or downloaded.
+
+    Raises:
+        CheckpointError: no kind; no such file or folder; a folder of dimo that holds another kind or a student.
+    """
+    if str(kind) not in TEACHERS:
+        expected = f"one of {', '.join(TEACHERS)} (a folder or Hugging Face id belongs in the path)"
+        raise CheckpointError(f"teacher kind: expected {expected}, got {str(kind)!r}")
+    cls = TEACHERS[str(kind)]
+    if path is not None and not is_hub_id(path):
+        _check_path(Path(path), cls)
+    return cls
+
+
+def _check_path(path: Path, cls: type[Teacher]) -> None:
+    if not path.exists() and str(path) in TEACHERS:
+        raise CheckpointError(f"teacher path: expected a file or folder, got {str(path)!r}, which is a teacher kind")
+    if cls.published and not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; `dimo convert` writes one from a published checkpoint, see docs/teachers"
+        )
+    if not cls.published and not (path / CONFIG).is_file():
+        raise CheckpointError(
+            f"{path}: expected a folder with {WEIGHTS} and {CONFIG} for kind {cls.kind!r}, found none"
+        )
+    if not cls.published or _is_ours(path):
+        _check_folder(path, cls)
+
+
+def _check_folder(folder: Path, cls: type[Teacher] | None) -> None:
+    config = read_model_config(folder)
+    if config["format"] != TEACHER_FORMAT:
+        raise CheckpointError(f"{folder}: expected a teacher ({TEACHER_FORMAT}), got a student ({config['format']})")
+    if cls is not None and config["kind"] != cls.kind:
+        raise CheckpointError(f"{folder}: expected a teacher of kind {cls.kind!r}, got {config['kind']!r}")
 
 
 def model_folder(name: str | os.PathLike) -> Path:
@@ -195,13 +230,11 @@ def _from_folder(folder: Path, cls: type[Teacher] | None, tokenizer: Any, option
     """Load a folder that dimo wrote; all that a published checkpoint may lack is inside."""
     if cls is None and folder.is_file():
         raise CheckpointError(f"{folder}: a published checkpoint needs its kind: one of {', '.join(TEACHERS)}")
-    model, config = load_model(folder)
-    if cls is not None and config["kind"] != cls.kind:
-        raise CheckpointError(f"{folder}: expected a teacher of kind {cls.kind!r}, got {config['kind']!r}")
+    _check_folder(folder, cls)
     given = [*options, *(["tokenizer"] if tokenizer is not None else [])]
     if given:
         raise CheckpointError(f"{given[0]}: belongs to a published checkpoint, not to {folder}, which dimo wrote")
-    return model
+    return load_model(folder)[0]
 
 
 def _is_ours(path: Path) -> bool:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from . import doctor
 from .checkpoint import (
+    TEACHER_FORMAT,
     CheckpointError,
     check_replaceable,
+    check_teacher,
     fingerprint,
     load_model,
     load_teacher,
@@ -33,6 +35,7 @@ from .config import (
     EvaluateConfig,
     PretrainConfig,
     SampleConfig,
+    TeacherConfig,
     load_config,
     to_dict,
 )
@@ -47,7 +50,7 @@ from .pretrain import held_out_loss
 from .runlog import TrainingError
 from .sample import make_sampler, preview_images, write_comparison, write_samples
 from .state_dicts import objects_ignored
-from .teachers import TEACHERS, DigitsTeacher, Teacher
+from .teachers import DigitsTeacher, Teacher
 from .trainer import (
     DistillationTrainer,
     Interrupted,
@@ -56,8 +59,6 @@ from .trainer import (
     run_training,
     seeded_generator,
 )
-
-TEACHER_FORMAT = "dimo.teacher"
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig) -> None:
 def distill(config: DistillConfig) -> None:
     """Distil a teacher into a one-step generator."""
     device, prompts = resolve_device(config.run.device), _prompts(config)
-    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options()).to(device)
+    teacher = _load(config.teacher).to(device)
     if prompts:
         teacher.attach_prompts(prompts, config.prompts)
     digits = isinstance(teacher, DigitsTeacher)  # the data set that metrics exist for
@@ -121,12 +122,16 @@ def distill(config: DistillConfig) -> None:
 
 def _prompts(config: DistillConfig) -> list[str]:
     """Return what a text-to-image teacher is trained on, before anything heavy is loaded; [] for other kinds."""
-    cls = TEACHERS.get(config.teacher.kind)
-    if cls is not None and cls.prompted:
+    if check_teacher(config.teacher.kind, config.teacher.path).prompted:
         return read_prompts(config.prompts)
     if config.prompts.path is not None:
         raise ConfigError(f"prompts.path: teacher kind {config.teacher.kind!r} takes no prompts")
     return []
+
+
+def _load(config: TeacherConfig) -> Teacher:
+    check_teacher(config.kind, config.path)  # load_teacher also takes a folder in the place of the kind
+    return load_teacher(config.kind, config.path, **config.options())
 
 
 def convert(config: ConvertConfig) -> None:
@@ -134,7 +139,7 @@ def convert(config: ConvertConfig) -> None:
     output = Path(config.output)
     check_replaceable(output)
     with objects_ignored():
-        model = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
+        model = _load(config.teacher)
     prepare_output(output.parent, folders=(output.name,))
     provenance = {"converted": to_dict(config.teacher), "weights": fingerprint(model)}
     if config.student:
@@ -181,7 +186,7 @@ def report(arguments: list[str]) -> int:
 def memory(config: DistillConfig) -> None:
     """Estimate the memory that `dimo distill` needs with this configuration, before anything is trained."""
     device = resolve_device(config.run.device)
-    teacher = load_teacher(config.teacher.kind, config.teacher.path, **config.teacher.options())
+    teacher = _load(config.teacher)
     print(memory_text(training_memory(teacher, config), device, device_memory(device)))
 
 

@@ -1,4 +1,7 @@
-"""Typed, frozen configurations: every default lives here once; YAML files and command-line flags fill them."""
+"""Typed, frozen configurations: every default lives here once; YAML files and command-line flags fill them.
+
+The default of a new key is what was done before there was one: runs from that time go on with it.
+"""
 
 from __future__ import annotations
 

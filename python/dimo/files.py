@@ -23,8 +23,8 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}(?P<suffix>\.\w+)?")  # of 
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, a file or a folder, and rename it to ``path`` once the block succeeds.
 
-    On an error ``path`` stays as it was. The parent folder is created; the temporary name keeps the suffix, from which
-    writers derive the format.
+    On an error ``path`` stays as it was, and a crash of the machine leaves the old content or the new one, whole. The
+    parent folder is created; the temporary name keeps the suffix, from which writers derive the format.
     """
     path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +32,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         _open_permissions(temporary)
+        for part in [temporary, *temporary.rglob("*")]:
+            _put_on_disk(part)
         if temporary.is_dir() and path.is_dir():
             _replace_folder(temporary, path)
         else:
@@ -47,6 +49,15 @@ def _open_permissions(path: Path) -> None:
     for file in path.iterdir() if path.is_dir() else [path]:
         if file.is_file():
             file.chmod(0o666 & ~mask)
+
+
+def _put_on_disk(path: Path) -> None:
+    """Wait for a file's data or a folder's names: a rename may reach the disk before them, and a crash between."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -31,6 +31,13 @@ class CheckpointError(ValueError):
     """A file that is missing, truncated or of another kind; the message names it and what was expected."""
 
 
+def is_hub_id(source: str | os.PathLike) -> bool:
+    """Whether this names a Hugging Face repository, or a file of weights in one, and nothing that is here."""
+    name = str(source)
+    has_form = _HUB_ID.fullmatch(name) is not None and (name.count("/") > 1) == name.endswith(_WEIGHT_SUFFIXES)
+    return has_form and not Path(source).exists()
+
+
 def locate(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> Path:
     """Return a local path as it is; else download what a Hugging Face id names, or take it from that library's cache.
 
@@ -43,14 +50,13 @@ def locate(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> 
         CheckpointError: neither; the message says why the id could not be had.
         ImportError: an id, and huggingface_hub is not installed.
     """
-    path, name = Path(source), str(source)
-    is_file = name.endswith(_WEIGHT_SUFFIXES)
-    if path.exists() or not _HUB_ID.fullmatch(name) or (name.count("/") > 1) != is_file:
-        return path
+    if not is_hub_id(source):
+        return Path(source)
+    name = str(source)
     hub = import_extra("huggingface_hub", f"{name}, which is no local path, as a Hugging Face id", extra="hub")
     repository, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     try:
-        if is_file:
+        if file:
             return Path(hub.hf_hub_download(repository, file))
         return Path(hub.snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # whatever the HTTP library below it raises

@@ -358,7 +358,8 @@ def _resume(path: Path, trainer: Trainer, config: Any) -> int:
     if not path.exists():
         return 0
     step, stored = read_checkpoint_header(path)
-    differing = sorted(_differences(stored, to_dict(config) | trainer.origin))
+    defaults = to_dict(type(config)(RunConfig(config.run.output)))
+    differing = sorted(_differences(stored, to_dict(config) | trainer.origin, defaults))
     if differing:
         raise ConfigError(
             f"{path.parent} holds a run of another configuration ({'; '.join(differing)}): "
@@ -369,13 +370,17 @@ def _resume(path: Path, trainer: Trainer, config: Any) -> int:
     return step
 
 
-def _differences(stored: dict, current: dict, prefix: str = "") -> Iterator[str]:
+def _differences(stored: dict, current: dict, defaults: dict, prefix: str = "") -> Iterator[str]:
+    """What keeps a run from going on; a key that it was stored without, as older versions did, has its default."""
     for name in sorted(stored.keys() | current.keys()):
-        key, a, b = f"{prefix}{name}", stored.get(name), current.get(name)
+        key, default = f"{prefix}{name}", defaults.get(name)
+        a, b = stored.get(name, default), current.get(name)
         if key in _FREE_KEYS or key == "report":
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{key}.")
+            yield from _differences(a, b, default, f"{key}.")
+        elif name not in current:
+            yield f"{key}: {a!r} there, unknown now"
         elif a != b:
             yield f"{key}: {a!r} there, {b!r} now"
 

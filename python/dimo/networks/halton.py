@@ -171,7 +171,7 @@ class HaltonTransformer(nn.Module):
         class_B: Tensor,
         *,
         columns: int | None = None,
-        perturb: Callable[[Tensor], Tensor] | None = None,
+        embed: Callable[[Tensor, Tensor], Tensor] = F.embedding,
     ) -> Tensor:
         """Return logits ``[B, L, columns]``.
 
@@ -179,10 +179,9 @@ class HaltonTransformer(nn.Module):
             tokens_BL: int64 ``[B, L]`` in [0, V], V = [MASK].
             class_B: int64 ``[B]`` in [0, C], C = the null class.
             columns: how many leading ids to predict; None = V, the real tokens. The head is sliced before the product.
-            perturb: applied to the token embeddings ``[B, L, width]`` before positions.
+            embed: looks the tokens' rows ``[B, L, width]`` up in the table, before positions.
         """
-        condition, tokens = self.cls_emb(class_B), self.tok_emb(tokens_BL)
-        tokens = tokens if perturb is None else perturb(tokens)
+        condition, tokens = self.cls_emb(class_B), embed(tokens_BL, self.tok_emb.weight)
         x = self._join(tokens + self.pos_emb.weight)
         positions = x.shape[1]
         if self.config.registers:

@@ -146,7 +146,7 @@ class MaskTransformer(nn.Module):
         class_B: Tensor,
         *,
         columns: int | None = None,
-        perturb: Callable[[Tensor], Tensor] | None = None,
+        embed: Callable[[Tensor, Tensor], Tensor] = F.embedding,
     ) -> Tensor:
         """Return logits ``[B, L, columns]``.
 
@@ -154,11 +154,10 @@ class MaskTransformer(nn.Module):
             tokens_BL: int64 ``[B, L]`` in [0, V], V = [MASK].
             class_B: int64 ``[B]`` in [0, C], C = the null class.
             columns: how many leading ids to predict; None = V, the real tokens. The head is sliced before the product.
-            perturb: applied to the token embeddings ``[B, L, width]`` before positions, never to the class's.
+            embed: looks the tokens' rows ``[B, L, width]`` up in the table, before positions; never the class's.
         """
         columns = self.config.vocab_size if columns is None else columns
-        tokens = self.tok_emb(tokens_BL)
-        tokens = tokens if perturb is None else perturb(tokens)
+        tokens = embed(tokens_BL, self.tok_emb.weight)
         label = self.tok_emb(class_B + self.config.vocab_size + 1)[:, None]
         x = torch.cat([tokens, label], 1) + self.pos_emb
         x = self.last_layer(self.transformer(self.first_layer(x)))[:, : self.seq_len]

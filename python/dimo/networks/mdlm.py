@@ -59,9 +59,6 @@ class _Embedding(nn.Module):
         self.embedding = nn.Parameter(torch.empty(ids, width))
         nn.init.kaiming_uniform_(self.embedding, a=5**0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.embedding)
-
 
 class _SigmaMap(nn.Module):
     def __init__(self, width: int) -> None:
@@ -157,7 +154,7 @@ class MDLMTransformer(nn.Module):
         sigma: Tensor,
         *,
         columns: int | None = None,
-        perturb: Callable[[Tensor], Tensor] | None = None,
+        embed: Callable[[Tensor, Tensor], Tensor] = F.embedding,
     ) -> Tensor:
         """Return logits ``[B, L, columns]``.
 
@@ -165,10 +162,9 @@ class MDLMTransformer(nn.Module):
             tokens_BL: int64 ``[B, L]`` in [0, vocab_size).
             sigma: ``[B]``, total noise -log(1 - mask ratio); zeros without time conditioning.
             columns: how many leading ids to predict; None = all but [MASK]. The head is sliced before the product.
-            perturb: applied to the token embeddings ``[B, L, hidden_dim]``.
+            embed: looks the tokens' rows ``[B, L, hidden_dim]`` up in the table.
         """
-        x = self.vocab_embed(tokens_BL)
-        x = x if perturb is None else perturb(x)
+        x = embed(tokens_BL, self.vocab_embed.embedding)
         condition, table = F.silu(self.sigma_map(sigma)), self.rotary_emb(tokens_BL.shape[1])
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -171,14 +172,25 @@ class Teacher(nn.Module, ABC):
         return next(self.parameters()).device
 
 
-def perturbation(table: Tensor, sigma: float, scale: str, key: Tensor | None):
-    """Return the function that adds embedding noise to token embeddings, or None for σ = 0."""
+def noisy_lookup(sigma: float, scale: str, key: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the look-up of tokens ``[B, L]`` in a table ``[ids, D]`` that adds embedding noise as it reads."""
     if sigma == 0.0:
-        return None
+        return F.embedding
+    return lambda tokens, table: dimo_ext.embed_and_perturb(
+        tokens, table, sigma, scale=_noise_size(table, scale), key=key
+    )
+
+
+def perturbation(table: Tensor, sigma: float, scale: str, key: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return the function that adds embedding noise to embeddings ``[B, L, D]`` that are no rows of the table."""
+    size = _noise_size(table, scale)
+    return lambda embeddings: dimo_ext.perturb_embeddings(embeddings, sigma, scale=size, key=key)
+
+
+def _noise_size(table: Tensor, scale: str) -> float | Tensor:
     if scale not in NOISE_SCALES:
         raise ValueError(f"embedding_noise_scale: expected one of {', '.join(NOISE_SCALES)}, got {scale!r}")
-    rms = 1.0 if scale == "unit" else table.detach().float().square().mean().sqrt()
-    return lambda embeddings: dimo_ext.perturb_embeddings(embeddings, sigma, scale=rms, key=key)
+    return 1.0 if scale == "unit" else table.detach().float().square().mean().sqrt()
 
 
 def concat_conditions(first: Condition, second: Condition) -> Condition:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dimo_ext.random import random_integers
 
 from ..state_dicts import CheckpointError
-from .base import Teacher, perturbation
+from .base import Teacher, noisy_lookup
 
 
 class ClassConditionalTeacher(Teacher):
@@ -20,7 +20,7 @@ class ClassConditionalTeacher(Teacher):
 
     Args:
         network: with ``config`` (``vocab_size``, ``num_classes``), ``mask_id``, ``seq_len``, ``tok_emb``,
-            ``transformer.layers`` and ``transformer.recompute``; called with tokens, class ids and ``perturb``.
+            ``transformer.layers`` and ``transformer.recompute``; called with tokens, class ids and ``embed``.
     """
 
     heads_by_width: ClassVar[dict[int, int]] = {}
@@ -47,8 +47,8 @@ class ClassConditionalTeacher(Teacher):
         key: Tensor | None = None,
     ) -> Tensor:
         """Return logits ``[B, L, V]``; the networks take no time input, ``mask_ratio`` is not used."""
-        perturb = perturbation(self.network.tok_emb.weight, embedding_noise, embedding_noise_scale, key)
-        return self.network(tokens_BL, condition, perturb=perturb)
+        embed = noisy_lookup(embedding_noise, embedding_noise_scale, key)
+        return self.network(tokens_BL, condition, embed=embed)
 
     def condition(self, inputs: Any) -> Tensor:
         """Return class ids int64 ``[B]`` on the model's device, of a tensor or a sequence of integers.

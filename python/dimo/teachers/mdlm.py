@@ -24,7 +24,7 @@ from ..state_dicts import (
     shape_of,
 )
 from ..tokenizers import TextTokenizer
-from .base import Condition, Teacher, perturbation
+from .base import Condition, Teacher, noisy_lookup
 
 _PREFIX = "backbone."
 _NOISE_FLOOR = 1e-3  # of the log-linear schedule: total noise stays finite where all is masked
@@ -89,8 +89,8 @@ class MDLMTeacher(Teacher):
         key: Tensor | None = None,
     ) -> Tensor:
         """Return logits ``[B, L, V]``; ``mask_ratio`` counts for models with time conditioning alone."""
-        perturb = perturbation(self.network.vocab_embed.embedding, embedding_noise, embedding_noise_scale, key)
-        return self.network(tokens_BL, self._noise_level(tokens_BL, mask_ratio), perturb=perturb)
+        embed = noisy_lookup(embedding_noise, embedding_noise_scale, key)
+        return self.network(tokens_BL, self._noise_level(tokens_BL, mask_ratio), embed=embed)
 
     def _noise_level(self, tokens_BL: Tensor, mask_ratio: Tensor | None) -> Tensor:
         if not self.network.config.time_conditioning:
