@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import dimo_ext as dx
-from dimo_ext import _backend, divergence, reference
+from dimo_ext import _backend, _memory, divergence
 from dimo_ext.divergences import DIVERGENCES
+from dimo_ext.reference._logits import guided
 from dimo_ext.schedules import MASK_SCHEDULES
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
@@ -146,7 +147,8 @@ def _served_by_the_kernels(shim):
     """Operators on CPU tensors run the CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch, dx.use_backend("native"):
         patch.setattr(_backend, "_find_kernel", shim.kernel)
-        patch.setattr(divergence, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
+        for module in (divergence, _memory):
+            patch.setattr(module, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
         yield
 
 
@@ -281,8 +283,8 @@ def compare_divergence(shape, vocab, name, dtype, layout, pattern, temperature) 
         value, expected = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
     expected[expected.abs().amax(-1) >= torch.finfo(dtype).max] = 0.0  # the dtype cannot hold the row's gradient
     if name == "total_variation":  # its gradient jumps where p = q, on one side of which rounding puts the entry
-        guided = reference._guided(teacher, uncond, 1.0, scale)
-        jumps = ((guided / temperature).log_softmax(-1) - auxiliary.log_softmax(-1)).abs() < 4e-6
+        mixed = guided(teacher, uncond, 1.0, scale)
+        jumps = ((mixed / temperature).log_softmax(-1) - auxiliary.log_softmax(-1)).abs() < 4e-6
         gradient[jumps] = expected[jumps].to(dtype)
     assert_close(actual, value)
     assert_gradient(gradient, expected, near=pattern == "near")
