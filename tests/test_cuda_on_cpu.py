@@ -5,6 +5,7 @@ tests/cuda_on_cpu/cuda_runtime_api.h says how. Sanitizers run under `make saniti
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -12,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor
 
 import dimo_ext as dx
-from dimo_ext import _backend, divergence
+from dimo_ext import _backend, _memory, divergence
 from dimo_ext.divergences import DIVERGENCES
+from dimo_ext.reference._logits import guided
 from dimo_ext.schedules import MASK_SCHEDULES
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
-from tests.test_divergence_in_place import test_it_is_the_gradient_of_the_loss as test_divergence_in_place  # noqa: F401
+from tests.test_divergence_in_place import test_it_is_the_gradient_of_the_loss as test_divergence_in_place
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
 
@@ -76,6 +78,10 @@ class Shim:
         """Seeds the order of blocks and threads."""
         self.library.cuda_on_cpu_seed(ctypes.c_uint64(seed))
 
+    def hopper(self, yes: bool) -> None:
+        """Whether the GPU has clusters and mailboxes."""
+        self.library.cuda_on_cpu_hopper(ctypes.c_int64(yes))
+
     def kernel(self, operator: str, *_) -> tuple[Callable[..., None], None]:
         """What dimo_ext calls for a native kernel, which also takes the number of CPU threads."""
         call = getattr(self, operator, partial(self, operator))
@@ -83,9 +89,13 @@ class Shim:
 
     # The nested arguments of the compiled module, one after another.
 
-    def token_divergence(self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, *outputs) -> None:
-        rows = _flat(sizes, logits)
-        self("token_divergence", kind, parameter, *rows, *guidance, *temperatures, mask, *factor, *outputs)
+    def token_divergence(
+        self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, value, zeroed, _
+    ) -> None:
+        rows, ticket = _flat(sizes, logits), np.zeros(1, np.int32) if mask else 0  # as with a mask on a GPU
+        self(
+            "token_divergence", kind, parameter, *rows, *guidance, *temperatures, mask, *factor, value, zeroed, ticket
+        )  # fmt: skip
 
     def masked_cross_entropy(self, sizes, logits, targets, mask, valid_vocab, smoothing, factor, *outputs) -> None:
         rows = _flat(sizes, logits)
@@ -137,8 +147,15 @@ def _served_by_the_kernels(shim):
     """Operators on CPU tensors run the CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch, dx.use_backend("native"):
         patch.setattr(_backend, "_find_kernel", shim.kernel)
-        patch.setattr(divergence, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
+        for module in (divergence, _memory):
+            patch.setattr(module, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _without_clusters(shim):
+    yield
+    shim.hopper(False)
 
 
 @pytest.fixture(scope="module")
@@ -208,33 +225,75 @@ def value_and_gradient(teacher: Tensor, auxiliary: Tensor, name: str, **options)
 
 # Geometries: one lane a row, 4, 16, a warp with 2 and with 4 packs a thread, several warps, longer than a block holds.
 VOCABULARIES = [1, 17, 33, 65, 129, 300, 1025, 2049, 17001]
+# What GPUs with clusters do otherwise: a warp, several, two blocks a row.
+GEOMETRIES = [*((vocab, False) for vocab in VOCABULARIES), (300, True), (2049, True), (17001, True)]
 LAYOUTS = ["contiguous", "sliced", "vocab_first"]
 NAMES = [*(name for name in DIVERGENCES if name not in ("jeffreys", "alpha")), "jeffreys:-0.2", "alpha:0.5", "alpha:-1"]
 
 
+def flat(cases: Iterable[tuple]) -> list[tuple]:
+    """(vocab, hopper) and others, one after another."""
+    return [(*geometry, *others) for geometry, *others in cases]
+
+
 @pytest.mark.parametrize(
-    ("vocab", "name", "dtype", "layout", "pattern", "temperature"),
-    cross(VOCABULARIES, NAMES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "near"], [1.0, 0.9]),
+    ("vocab", "hopper", "name", "dtype", "layout", "pattern", "temperature"),
+    flat(cross(GEOMETRIES, NAMES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "near"], [1.0, 0.9])),
 )
-def test_token_divergence(shim, vocab, name, dtype, layout, pattern, temperature):
+def test_token_divergence(shim, vocab, hopper, name, dtype, layout, pattern, temperature):
     """Every geometry, divergence, dtype, layout and kind of logits against float64; some rows do not count."""
     shim.order(vocab)
-    teacher, auxiliary, uncond = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 3)
-    mask = torch.arange(21).view(3, 7) % 3 > 0
-    options = {"guidance_scale": torch.tensor([1.0, 1.5, -0.5]), "teacher_temperature": temperature, "mask": mask}
-    actual = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
+    shim.hopper(hopper)
+    compare_divergence((3, 7), vocab, name, dtype, layout, pattern, temperature)
+
+
+# Blocks a cluster: 2 (one id more than a block holds), 3, 9, 16.
+@pytest.mark.parametrize(
+    ("vocab", "name", "dtype", "layout", "pattern", "temperature"),
+    cross(
+        [16897, 40003, 135301, 262144], ["jeffreys:-0.2", "alpha:0.5"], HALF_AND_SINGLE, ["contiguous", "sliced"],
+        ["normal", "minus_inf"], [1.0, 0.9],
+    ),
+)  # fmt: skip
+def test_token_divergence_in_clusters(shim, vocab, name, dtype, layout, pattern, temperature):
+    """The same of rows that many blocks share; one cluster has two of them that count."""
+    shim.order(vocab)
+    shim.hopper(True)
+    compare_divergence((1, 5), vocab, name, dtype, layout, pattern, temperature)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "pattern", "reduction"),
+    cross(HALF_AND_SINGLE, ["contiguous", "sliced"], ["normal", "minus_inf", "extreme"], ["none", "mean"]),
+)
+def test_divergence_in_place_in_clusters(shim, device, dtype, layout, pattern, reduction):
+    """Two blocks a row, which wait for each other before they overwrite it."""
+    shim.hopper(True)
+    test_divergence_in_place(device, 17001, "jeffreys:0.3", dtype, layout, pattern, reduction)
+
+
+def compare_divergence(shape, vocab, name, dtype, layout, pattern, temperature) -> None:
+    teacher, auxiliary, uncond = LogitsCase(shape, vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 3)
+    mask = torch.arange(teacher[..., 0].numel()).view(shape) % 3 > 0
+    scale = torch.tensor([1.5, 1.0, -0.5])[: shape[0]]
+    options = {"guidance_scale": scale, "teacher_temperature": temperature, "mask": mask}
+    actual, gradient = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
+    teacher, auxiliary, uncond = (z.double() for z in (teacher, auxiliary, uncond))
     with dx.use_backend("reference"):
-        expected = value_and_gradient(
-            teacher.double(), auxiliary.double(), name, teacher_uncond_logits=uncond.double(), **options
-        )
-    representable = expected[1].abs().amax(-1) < torch.finfo(dtype).max  # else the row's gradient is 0
-    assert_close(actual[0], expected[0])
-    assert_gradient(actual[1], torch.where(representable[..., None], expected[1], 0.0), near=pattern == "near")
+        value, expected = value_and_gradient(teacher, auxiliary, name, teacher_uncond_logits=uncond, **options)
+    expected[expected.abs().amax(-1) >= torch.finfo(dtype).max] = 0.0  # the dtype cannot hold the row's gradient
+    if name == "total_variation":  # its gradient jumps where p = q, on one side of which rounding puts the entry
+        mixed = guided(teacher, uncond, 1.0, scale)
+        jumps = ((mixed / temperature).log_softmax(-1) - auxiliary.log_softmax(-1)).abs() < 4e-6
+        gradient[jumps] = expected[jumps].to(dtype)
+    assert_close(actual, value)
+    assert_gradient(gradient, expected, near=pattern == "near")
 
 
-@pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_divergence_reads_no_row_that_does_not_count(shim, vocab):
+@pytest.mark.parametrize(("vocab", "hopper"), GEOMETRIES)
+def test_divergence_reads_no_row_that_does_not_count(shim, vocab, hopper):
     """Whatever stands there; and the same bits in every order of threads."""
+    shim.hopper(hopper)
     teacher, auxiliary = LogitsCase((5,), vocab).build(DEVICE, 2)
     mask = torch.tensor([True, False, True, True, False])
     shim.order(0)
@@ -247,9 +306,10 @@ def test_divergence_reads_no_row_that_does_not_count(shim, vocab):
     assert clean[1][~mask].eq(0).all()
 
 
-@pytest.mark.parametrize("vocab", [17, 65, 129, 300, 2049, 17001])
-def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
+@pytest.mark.parametrize(("vocab", "hopper"), [geometry for geometry in GEOMETRIES if geometry[0] > 1])
+def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab, hopper):
     """A filtered teacher under reverse KL, a diverged row, a row without a finite logit, the floor."""
+    shim.hopper(hopper)
     teacher, auxiliary = LogitsCase((6,), vocab).build(DEVICE, 2)
     teacher[1, 0], teacher[2, 3], teacher[3] = -torch.inf, torch.nan, -torch.inf
     auxiliary.requires_grad_()
@@ -264,22 +324,46 @@ def test_divergence_counts_the_gradients_that_it_zeroes(shim, vocab):
 
 # Lanes of a warp, a warp, one warp a block, several, rows too long for a block without clusters.
 CROSS_ENTROPY_VOCABULARIES = [1, 17, 20, 65, 257, 300, 1025, 1100, 4097, 25001]
+# Two blocks a row, or four of float32.
+CROSS_ENTROPY_GEOMETRIES = [*((vocab, False) for vocab in CROSS_ENTROPY_VOCABULARIES), (25001, True)]
 
 
 @pytest.mark.parametrize(
-    ("vocab", "dtype", "layout", "pattern", "smoothing", "reduction"),
-    cross(
-        CROSS_ENTROPY_VOCABULARIES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "one_finite"], [0.0, 0.1],
-        ["none", "sum", "mean", "batchmean"],
+    ("vocab", "hopper", "dtype", "layout", "pattern", "smoothing", "reduction"),
+    flat(
+        cross(
+            CROSS_ENTROPY_GEOMETRIES, HALF_AND_SINGLE, LAYOUTS, ["normal", "minus_inf", "one_finite"], [0.0, 0.1],
+            ["none", "sum", "mean", "batchmean"],
+        )
     ),
 )  # fmt: skip
-def test_masked_cross_entropy(shim, vocab, dtype, layout, pattern, smoothing, reduction):
+def test_masked_cross_entropy(shim, vocab, hopper, dtype, layout, pattern, smoothing, reduction):
     """Every geometry, dtype, layout and kind of logits against float64; some rows do not count."""
     shim.order(vocab)
-    (logits,) = LogitsCase((3, 7), vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 1)
-    logits[1, 2] = -torch.inf
-    targets = torch.randint(-1, vocab + 1, (3, 7), generator=torch.Generator().manual_seed(vocab))
-    mask = torch.arange(21).view(3, 7) % 3 > 0
+    shim.hopper(hopper)
+    compare_cross_entropy((3, 7), vocab, dtype, layout, pattern, smoothing, reduction)
+
+
+# Blocks a cluster, of half types and float32: 4 and 8, 8 and 16, 16 and too many, when rows are read twice.
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "layout", "pattern", "smoothing", "reduction"),
+    cross(
+        [50257, 100003, 262144], HALF_AND_SINGLE, ["contiguous", "sliced"], ["normal", "minus_inf"], [0.0, 0.1],
+        ["none", "mean"],
+    ),
+)  # fmt: skip
+def test_masked_cross_entropy_in_clusters(shim, vocab, dtype, layout, pattern, smoothing, reduction):
+    """The same of rows that many blocks share; one cluster has two of them that count."""
+    shim.order(vocab)
+    shim.hopper(True)
+    compare_cross_entropy((1, 5), vocab, dtype, layout, pattern, smoothing, reduction)
+
+
+def compare_cross_entropy(shape, vocab, dtype, layout, pattern, smoothing, reduction) -> None:
+    (logits,) = LogitsCase(shape, vocab, dtype, layout, pattern, seed=vocab).build(DEVICE, 1)
+    logits[-1, 2] = -torch.inf
+    targets = torch.randint(-1, vocab + 1, shape, generator=torch.Generator().manual_seed(vocab))
+    mask = torch.arange(targets.numel()).view(shape) % 3 > 0
     for valid_vocab in {None, max(vocab - 3, 1)}:
 
         def loss(z, valid_vocab=valid_vocab):
@@ -295,9 +379,10 @@ def test_masked_cross_entropy(shim, vocab, dtype, layout, pattern, smoothing, re
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("vocab", CROSS_ENTROPY_VOCABULARIES)
-def test_cross_entropy_reads_no_row_that_does_not_count(shim, vocab, layout):
+@pytest.mark.parametrize(("vocab", "hopper"), CROSS_ENTROPY_GEOMETRIES)
+def test_cross_entropy_reads_no_row_that_does_not_count(shim, vocab, hopper, layout):
     """Whatever stands there; and the same bits in every order of threads."""
+    shim.hopper(hopper)
     (logits,) = LogitsCase((5,), vocab, layout=layout).build(DEVICE, 1)
     mask, targets = torch.tensor([True, False, True, True, True]), torch.tensor([0, 0, vocab - 1, 0, vocab])
 
@@ -325,9 +410,10 @@ def test_cross_entropy_counts_and_adds_up_many_tokens(shim, rows, reduction):
     assert gradient[~counted].eq(0).all()
 
 
-@pytest.mark.parametrize("vocab", CROSS_ENTROPY_VOCABULARIES)
-def test_cross_entropy_of_a_diverged_row(shim, vocab):
+@pytest.mark.parametrize(("vocab", "hopper"), CROSS_ENTROPY_GEOMETRIES)
+def test_cross_entropy_of_a_diverged_row(shim, vocab, hopper):
     """NaN is its value, 0 its gradient, as in the reference."""
+    shim.hopper(hopper)
     (logits,) = LogitsCase((4,), vocab).build(DEVICE, 1)
     logits[1, 0], logits[2, -1] = torch.nan, torch.inf
     targets = torch.zeros(4, dtype=torch.int64)
@@ -544,12 +630,41 @@ def test_a_missing_barrier_gives_wrong_numbers(shim):
     assert not any(reversed_by(shim, partial(shim, "fault", b"dropped_barrier"), order) for order in range(20))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("cluster", "clusters"), [(1, 3), (2, 3), (9, 2), (16, 1)])
+def test_blocks_of_a_cluster_write_to_each_other(shim, cluster, clusters, order):
+    """Each has shared memory of its own, dynamic and static; messages come whenever they come."""
+    given = np.random.default_rng(0).normal(size=(clusters, cluster)).astype(np.float32)
+    taken = np.zeros((clusters, cluster, cluster), np.float32)
+    shim.order(order)
+    shim.hopper(True)
+    for keep, expected in [(False, given[:, None]), (True, given[:, :, None])]:
+        shim("exchange_in_clusters", given, taken, cluster, clusters, keep)
+        assert np.array_equal(taken, np.broadcast_to(expected, taken.shape))
+
+
+@pytest.mark.parametrize(("mailbox", "dropped"), [(False, b"dropped_wait"), (True, b"dropped_mailbox_wait")])
+def test_copies_are_there_when_they_were_waited_for(shim, mailbox, dropped):
+    """A kernel that does not wait reads NaN in some order."""
+    given, out, hasty = np.ones(THREADS, np.float32), *np.zeros((2, THREADS), np.float32)
+    shim.hopper(True)
+    read = []
+    for order in range(20):
+        shim.order(order)
+        shim("copy", given, out, mailbox)
+        assert (out[: THREADS // 2] == 1).all()
+        shim("fault", dropped, given, hasty)
+        read.append(hasty[: THREADS // 2].copy())
+    assert np.isnan(read).any()
+
+
 # --- what the shim promises to catch --------------------------------------------------------------------------------
 
 
 def failure(shim: Shim, fault: str) -> str:
     given, out = np.zeros(THREADS + 4, np.float32), np.zeros(THREADS, np.float32)
-    with pytest.raises(RuntimeError, match=rf"{fault}\(float const\*, float\*\), block \(0, 0, 0\)") as caught:
+    shim.hopper(True)
+    with pytest.raises(RuntimeError, match=rf"{fault}\(float const\*, float\*\), block \([01], 0, 0\)") as caught:
         shim("fault", fault.encode(), given, out)
     return str(caught.value)
 
@@ -563,6 +678,13 @@ def failure(shim: Shim, fault: str) -> str:
         ("lane_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the calling lane"),
         ("source_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the lane that is read"),
         ("misaligned_load", "__ldg", "misaligned address"),
+        ("misaligned_copy", "copy_async", "misaligned address"),
+        ("lonely_cluster_sync", "cluster_sync", r"deadlock\n block \(0, 0, 0\)\n.* wait in .* 64 threads .* have exit"),
+        ("absent_rank", "send", "the cluster has no such block"),
+        ("foreign_address", "send", "this is not the block's dynamic shared memory"),
+        ("closed_mailbox", "send", "the mailbox is not open"),
+        ("wrong_rank", "wait", r"deadlock\n.* block \(1, 0, 0\)\n *64 threads \(0 to 63\) wait in Mailbox::wait"),
+        ("too_many_bytes", "wait", r"deadlock\n.* 64 threads .* wait in Mailbox::wait"),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)
@@ -576,16 +698,38 @@ def test_a_fault_ends_the_launch(shim, fault, operation, why, order):
     assert reversed_by(shim, partial(shim, "reverse"), order)
 
 
+@pytest.mark.parametrize("fault", ["dropped_cluster_sync", "too_few_bytes"])
+def test_a_message_to_a_block_that_left_ends_the_launch(shim, fault):
+    """In some orders it comes too late."""
+    given, out, messages = np.zeros(THREADS, np.float32), np.zeros(THREADS, np.float32), []
+    shim.hopper(True)
+    for order in range(20):
+        shim.order(order)
+        with contextlib.suppress(RuntimeError):
+            shim("fault", fault.encode(), given, out)
+        messages.append(shim.library.cuda_on_cpu_error().decode())
+    assert any(re.search(r"Mailbox::send at .* writes to a block that has exited", text) for text in messages), messages
+
+
 def test_an_endless_loop_ends_the_launch(shim):
     """A loop that waits for others time and again."""
     assert "endless loop" in failure(shim, "endless_loop")
 
 
-@pytest.mark.parametrize(("threads", "shared_bytes"), [(0, 0), (1025, 0), (32, 2**18)])
-def test_an_impossible_launch_is_refused(shim, threads, shared_bytes):
-    """As a GPU refuses it."""
-    with pytest.raises(RuntimeError, match=f"1 blocks of {threads} threads with {shared_bytes} bytes are no launch"):
-        shim("refused", threads, shared_bytes)
+@pytest.mark.parametrize(
+    ("threads", "shared_bytes", "cluster", "hopper"),
+    [
+        *((*launch, False) for launch in [(0, 0, 1), (1025, 0, 1), (32, 2**18, 1), (32, 0, 2)]),
+        (32, 0, 3, True),
+        (32, 0, 32, True),
+    ],
+)
+def test_an_impossible_launch_is_refused(shim, threads, shared_bytes, cluster, hopper):
+    """As a GPU refuses it: also clusters where it has none, larger ones, those that do not divide the grid."""
+    shim.hopper(hopper)
+    what = f"32 blocks of {threads} threads with {shared_bytes} bytes, {cluster} a cluster, are no launch"
+    with pytest.raises(RuntimeError, match=what):
+        shim("refused", threads, shared_bytes, cluster)
 
 
 # --- sanitizers -----------------------------------------------------------------------------------------------------
@@ -617,6 +761,7 @@ def test_kernels_are_clean(sanitizer):
         ("asan", "misaligned_access", "misaligned address", ["reinterpret_cast<const float4*>(in + 1)"]),
         ("tsan", "dropped_barrier", "data race", ["row[threadIdx.x] =", "= row[kThreads - 1 - threadIdx.x]"]),
         ("tsan", "unguarded_count", "data race", ["*out += 1.0f"]),
+        ("tsan", "hasty_message", "data race", ["inbox.mailbox.send(", "= inbox.board["]),
     ],
 )
 def test_sanitizers_see(sanitizer, fault, report, lines):
@@ -624,16 +769,19 @@ def test_sanitizers_see(sanitizer, fault, report, lines):
     status, output = run_program(sanitizer, fault)
     assert status != 0
     assert re.search(report, output), output
-    source = (ROOT / "tests/cuda_on_cpu/selftest.cu").read_text().splitlines()
-    named = "\n".join(source[int(line) - 1] for line in re.findall(r"selftest\.cu:(\d+)", output))
+    named = "\n".join(
+        (ROOT / "tests" / "cuda_on_cpu" / file).read_text().splitlines()[int(line) - 1]
+        for file, line in re.findall(r"(selftest\w*\.(?:cu|h)):(\d+)", output)
+    )
     assert all(line in named for line in lines), output
 
 
 @sanitized
 @pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_a_failed_launch_leaves_nothing_to_report(sanitizer):
-    """Threads that were abandoned are no leak and no race."""
-    status, output = run_program(sanitizer, "divergent_barrier")
+@pytest.mark.parametrize("fault", ["divergent_barrier", "too_many_bytes", "closed_mailbox"])
+def test_a_failed_launch_leaves_nothing_to_report(sanitizer, fault):
+    """Threads that were abandoned are no leak and no race, nor are messages on their way."""
+    status, output = run_program(sanitizer, fault)
     assert status == 1
-    assert output.startswith("dimo::cuda::(anonymous namespace)::divergent_barrier"), output
+    assert output.startswith(f"dimo::cuda::(anonymous namespace)::{fault}"), output
     assert "Sanitizer" not in output

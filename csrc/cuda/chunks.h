@@ -17,6 +17,13 @@ using Wide = unsigned long long;  // what shuffles and atomics call uint64_t
 constexpr int kShare = 8;  // ids of a chunk that a lane holds
 static_assert(kChunk == kWarp * kShare, "a warp holds a chunk");
 
+// copy_async of what lies before `stop`, behind which there may be no memory: numbers of 2 or 4 bytes.
+__device__ inline void copy_cell(void* to, const char* from, const char* stop) {
+  if (stop - from >= 16) return copy_async(static_cast<uint4*>(to), from);
+  for (int i = 0; i < stop - from; i += 2)
+    static_cast<unsigned short*>(to)[i / 2] = *reinterpret_cast<const unsigned short*>(from + i);
+}
+
 // kLanes neighbours of a warp that work on one row.
 template <int kLanes>
 struct Lanes {

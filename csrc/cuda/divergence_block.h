@@ -31,7 +31,7 @@ class Block {
         rank_(team_.rank()),
         threads_(team_.size()) {
     if (rank_ == 0) {
-      if (kHasMailbox) mailbox()->open();
+      if (has_mailboxes()) mailbox()->open();
       *notes() = {-1, -1, static_cast<int>(gridDim.x / cluster_size())};
     }
     __syncthreads();
@@ -174,7 +174,7 @@ class Block {
             starts_cell(args_.teacher, first[0] + split_.head) &&
             (!guided || starts_cell(args_.uncond, first[2] + split_.head)) && size_ - kPack * split_.packs <= threads_;
     if (!sent_) return;
-    if (kHasMailbox && rank_ == 0) {
+    if (has_mailboxes() && rank_ == 0) {
       const int cells = cells_of(args_.teacher.dtype) + cells_of(args_.auxiliary.dtype);
       mailbox()->expect((cells + (guided ? cells_of(args_.uncond.dtype) : 0)) * 16 * split_.packs);
     }
@@ -186,7 +186,7 @@ class Block {
 
   __device__ void send(uint4*& cells, const LogitRows& logits, int64_t first) const {
     const int per_pack = cells_of(logits.dtype);
-    if (kHasMailbox) {
+    if (has_mailboxes()) {
       if (rank_ == 0 && split_.packs > 0)
         mailbox()->copy(cells, address_of(logits, first + split_.head), per_pack * 16 * split_.packs);
     } else {
@@ -222,7 +222,7 @@ class Block {
       single[1] = load_bits(args_.auxiliary, first[1] + split.single(rank_));
       if (args_.uncond.data != nullptr) single[2] = load_bits(args_.uncond, first[2] + split.single(rank_));
     }
-    if (kHasMailbox) {
+    if (has_mailboxes()) {
       mailbox()->wait(phase_);
       phase_ ^= 1;
     } else {

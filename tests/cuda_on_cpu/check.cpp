@@ -270,6 +270,7 @@ void check_perturb_embeddings(int64_t width) {
 int run_fault(const char* name) {
   const std::vector<float> in(64, 1.0f);
   std::vector<float> out(64);
+  cuda_on_cpu_hopper(1);
   const int status = fault(name, in.data(), out.data());
   std::puts(cuda_on_cpu_error());
   return status != 0;
@@ -283,9 +284,14 @@ int run_kernels() {
     check_mask_tokens(length, true);
     check_init_tokens(length);
   }
-  for (const int64_t vocab : {1, 17, 65, 300, 1025, 2049, 4097})
-    for (const bool alike : {false, true}) check_token_divergence(vocab, alike);
-  for (const int64_t vocab : {1, 17, 65, 300, 1025, 4097, 13001}) check_masked_cross_entropy(vocab);
+  for (const bool clusters : {false, true}) {
+    cuda_on_cpu_hopper(clusters);
+    for (const int64_t vocab : {1, 17, 65, 300, 1025, 2049, 4097})
+      for (const bool alike : {false, true}) check_token_divergence(vocab, alike);
+    for (const int64_t vocab : {1, 17, 65, 300, 1025, 4097, 13001}) check_masked_cross_entropy(vocab);
+  }
+  for (const int64_t vocab : {17001, 40003}) check_token_divergence(vocab, true);  // two blocks a row, three
+  for (const int64_t vocab : {30001, 120001}) check_masked_cross_entropy(vocab);   // four, sixteen
   for (const int64_t vocab : {1, 17, 65, 257, 1025, 4097, 8300}) {
     check_sample_categorical(vocab, 0, 1.0, 0.9);
     check_sample_categorical(vocab, std::min<int64_t>(vocab, 20), 0.8, 0.9);

@@ -1,33 +1,34 @@
 // CUDA C++ on the CPU, for tests: the host compiler compiles the kernels of csrc/cuda/*.cu as they stand.
 //
 // How it works. This folder precedes csrc/ and any CUDA toolkit on the include path, so that its cuda_runtime_api.h,
-// cuda_fp16.h, cuda_bf16.h and cuda/launch.h replace theirs. A launch runs one block after the other in random order.
-// Every thread of the block is a fiber, that runs until it waits at a barrier, a shuffle or a vote; which one goes on
-// is drawn at random too (cuda_on_cpu_seed). Dynamic shared memory is NaN when a block begins; static shared memory
-// keeps what the block before left.
+// cuda_fp16.h, cuda_bf16.h, cuda/launch.h and cuda/hopper.h replace theirs. A launch runs one block, or cluster of
+// blocks, after the other in random order. Every thread of its blocks is a fiber, that runs until it waits at a
+// barrier, a shuffle, a vote or for messages; which one goes on is drawn at random too (cuda_on_cpu_seed), mostly among
+// those of one block, so that blocks of a cluster run ahead of each other. Shared memory is NaN when a block begins,
+// and what asynchronous copies and messages bring arrives late.
+//
+// cuda_on_cpu_hopper chooses between GPUs with clusters and mailboxes and GPUs without. Each block of a cluster has
+// shared memory of its own, to which the others can write by messages; these arrive at random moments, in any order.
 //
 // A kernel that cannot go on ends its launch with cudaErrorLaunchFailure, and cuda_on_cpu_error names the kernel,
 // block, thread and line, and where the other threads are:
-// * a barrier that not all threads of the block reach, on the same line;
+// * a barrier that not all threads of the block, or of the cluster, reach, on the same line;
 // * a shuffle, vote or __syncwarp whose mask is not the set of lanes that arrive, or that reads a lane outside its
 // mask;
-// * a misaligned __ldg, __ldcs or __stcs;
+// * a misaligned __ldg, __ldcs, __stcs or asynchronous copy;
+// * a message to a block that is not there or has exited, to anything but dynamic shared memory, to a mailbox that is
+// not open; a wait for more bytes than come;
 // * a loop that waits without end (one that spins without waiting hangs).
 // Under -fsanitize=address,undefined a kernel's overruns of shared and global memory and its misaligned vectors end the
-// process; -fsanitize=thread reports races inside a block. Only kernels are instrumented, never runtime.cpp.
+// process; -fsanitize=thread reports races inside a block or cluster. Only kernels are instrumented, never runtime.cpp.
 //
 // What a kernel must keep to: dimo::cuda::launch starts it, dimo::cuda::shared_memory finds its dynamic shared memory;
-// it computes in float (half types convert, nothing more) and does without cub, cooperative groups and PTX.
+// it computes in float (half types convert, nothing more) and does without cub, cooperative groups and PTX outside of
+// cuda/hopper.h; messages go to dynamic shared memory.
 //
-// Clusters do not run here: a launch has one block's fibers and one block's shared memory, and cuda/hopper.h, whose
-// cluster and mailbox functions are PTX, says that a cluster has one block. A row that needs several therefore takes
-// the path of GPUs without clusters (tested: vocabulary 17,001), and the exchange between blocks (Mailbox::send, its
-// phases, the bulk copies into shared memory) is executed on GPUs alone, by the same tests under scripts/gpu_check.sh.
-// To have it here, run() would keep the fibers of all blocks of a cluster, each with shared memory of its own, and
-// hopper.h's functions would need twins that count bytes.
-//
-// Not modelled: speed, registers and occupancy; the memory model (fences, races between blocks); the accuracy of __expf
-// and its kin, which are expf here; whatever stands under #if on __CUDA_ARCH__.
+// Not modelled: speed, registers and occupancy; the memory model (fences, races between clusters); the accuracy of
+// __expf and its kin, which are expf here. Not executed: csrc/cuda/hopper.h, and whatever stands under #if on
+// __CUDA_ARCH__.
 #pragma once
 
 #include <algorithm>
@@ -36,6 +37,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 // --- the language -------------------------------------------------------------------------------------------------
 
@@ -43,7 +45,13 @@
 #define __device__
 #define __host__
 #define __constant__ static
+// All thread_local variables lie in one segment, where the runtime finds them. Sanitizers do not look there: under them
+// the blocks of a cluster have one static shared memory together, which keeps what was there before.
+#if defined(CUDA_ON_CPU_SANITIZED)
 #define __shared__ static
+#else
+#define __shared__ static thread_local
+#endif
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -81,6 +89,7 @@ using cudaStream_t = void*;
 extern "C" {
 const char* cuda_on_cpu_error();       // why the last launch failed; empty if it did not
 void cuda_on_cpu_seed(uint64_t seed);  // of the order of blocks and threads in the launches to come
+void cuda_on_cpu_hopper(int64_t yes);  // whether they find clusters and mailboxes; at first not
 }
 
 namespace cuda_on_cpu {
@@ -92,8 +101,12 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// Runs body(context) once a thread; `kernel` is only named in errors. Returns a cudaError_t.
-int run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*), const void* context);
+// Runs body(context) once a thread; `cluster` neighbours in x share a cluster; `kernel` is only named in errors.
+// Returns a cudaError_t.
+int run(const void* kernel, dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, void (*body)(const void*),
+        const void* context);
+
+bool is_hopper();
 
 void* shared_memory();
 
@@ -124,6 +137,58 @@ template <class T>
 void check_aligned(const char* operation, const T* address, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) fail(operation, site, "misaligned address");
 }
+
+// --- clusters and what arrives later, for cuda/hopper.h
+
+unsigned cluster_size();
+unsigned cluster_rank();
+
+// Waits for all threads of the cluster.
+void meet_cluster(const char* operation, Site site);
+
+// Where block `rank` of the cluster has what lies at this address of the calling block's dynamic shared memory.
+void* in_block(unsigned rank, void* address, size_t bytes, const char* operation, Site site);
+
+// What is on its way.
+struct Transfer {
+  void* to;
+  std::vector<unsigned> words;
+};
+
+// Reads and writes in the kernel's name, so that sanitizers see it; leaves NaN until the transfer arrives.
+template <class T>
+Transfer depart(T* to, const T* from, size_t count) {
+  Transfer transfer = {to, std::vector<unsigned>(count * sizeof(T) / sizeof(unsigned))};
+  T nothing;
+  std::memset(&nothing, 0xff, sizeof(T));
+  for (size_t i = 0; i < count; ++i) {
+    const T value = from[i];
+    std::memcpy(transfer.words.data() + i * sizeof(T) / sizeof(unsigned), &value, sizeof(T));
+    to[i] = nothing;
+  }
+  return transfer;
+}
+
+// Copies of the running thread, in groups.
+void copy_until_waited_for(Transfer transfer);
+void end_group_of_copies();
+void wait_for_groups(unsigned pending);  // all but the latest `pending`
+void wait_for_copies();
+
+// An mbarrier, each phase of which one arrival and the bytes that it announces complete.
+struct alignas(8) Barrier {
+  int32_t missing;  // bytes; below 0 where they come before they are announced
+  uint8_t arrived, phase;
+  uint16_t opened;
+};
+
+void open(Barrier& barrier);
+void check_open(const char* operation, const Barrier& barrier, Site site);
+void expect(const char* operation, Barrier& barrier, int bytes, Site site);
+void post(const char* operation, Transfer transfer, Barrier& barrier, unsigned rank, Site site);
+void wait(const char* operation, Barrier& barrier, int phase, Site site);
+
+// ---
 
 template <class T, class Update>
 T update_atomically(T* address, const Update& update) {

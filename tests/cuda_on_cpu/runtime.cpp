@@ -1,7 +1,7 @@
 // Fibers, who of them runs next, and where they wait for each other. Never built with -fsanitize: the sanitizers are
 // told of every change of stack, and see the kernels alone.
 #include <dlfcn.h>
-#include <sys/mman.h>
+#include <link.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -13,77 +13,28 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "stacks.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Saves the registers that a call preserves, and the stack pointer to *from; continues where `to` was saved.
-extern "C" void cuda_on_cpu_switch(void** from, void* to);
-
-// Null unless the kernels are built with -fsanitize=address or thread.
-extern "C" {
-__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, size_t size);
-__attribute__((weak)) void* __tsan_create_fiber(unsigned flags);
-__attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
-__attribute__((weak)) void* __tsan_get_current_fiber();
-__attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-__attribute__((weak)) void __tsan_acquire(void* clock);
-__attribute__((weak)) void __tsan_release(void* clock);
-}
-
-#if defined(__x86_64__)
-__asm__(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, %function
-cuda_on_cpu_switch:
-  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-  ret
-)");
-constexpr int kSavedWords = 8, kReturnWord = 6;  // the last one keeps the stack aligned
-#elif defined(__aarch64__)
-__asm__(R"(
-.text
-.globl cuda_on_cpu_switch
-.type cuda_on_cpu_switch, %function
-cuda_on_cpu_switch:
-  stp x29, x30, [sp, -160]!
-  stp x19, x20, [sp, 16]; stp x21, x22, [sp, 32]; stp x23, x24, [sp, 48]; stp x25, x26, [sp, 64]; stp x27, x28, [sp, 80]
-  stp d8, d9, [sp, 96]; stp d10, d11, [sp, 112]; stp d12, d13, [sp, 128]; stp d14, d15, [sp, 144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, 16]; ldp x21, x22, [sp, 32]; ldp x23, x24, [sp, 48]; ldp x25, x26, [sp, 64]; ldp x27, x28, [sp, 80]
-  ldp d8, d9, [sp, 96]; ldp d10, d11, [sp, 112]; ldp d12, d13, [sp, 128]; ldp d14, d15, [sp, 144]
-  ldp x29, x30, [sp], 160
-  ret
-)");
-constexpr int kSavedWords = 20, kReturnWord = 1;
-#else
-#error "cuda_on_cpu switches stacks on x86-64 and aarch64 only"
-#endif
-
 namespace cuda_on_cpu {
 namespace {
 
-constexpr unsigned kMaxThreads = 1024, kWarp = warpSize;
+constexpr unsigned kMaxThreads = 1024, kMaxCluster = 16, kWarp = warpSize;
 constexpr size_t kMaxSharedBytes = 227 << 10;
-constexpr size_t kGuard = 64 << 10, kStack = 128 << 10;  // below every stack lie bytes that no one may touch
-constexpr uint64_t kMaxTurns = 10000;                    // of a thread, on average
-constexpr unsigned kNoSync = 1;                          // a switch orders nothing: threads run at the same time
+constexpr uint64_t kMaxTurns = 10000;  // of a thread, on average
+// On average, drawn for each cluster: turns in a row of threads of one block, turns from one arrival to the next.
+constexpr unsigned kStays[] = {64, 1u << 31}, kDelays[] = {1, 16, 1u << 31};
+constexpr uint16_t kOpened = 0x2d4b;
 
 struct Call {
   const char* operation;
   Site site;
-  unsigned mask;  // of lanes; 0: the block
+  unsigned mask;  // of lanes; 0: the block or cluster
 };
 
-// Where a block, or the lanes of a mask, wait for each other.
+// Where a cluster, a block, or the lanes of a mask, wait for each other.
 struct Meeting {
   Call call;  // of those that wait
   unsigned arrived = 0;
@@ -93,33 +44,50 @@ struct Meeting {
 
 enum class State { ready, waiting, exited };
 
-struct Stack {
-  void* pointer = nullptr;  // where its owner goes on; null: nowhere
-  const void* bottom = nullptr;
-  size_t size = 0;
-  void* fake = nullptr;  // AddressSanitizer's
-  void* tsan = nullptr;  // ThreadSanitizer's
-};
-
 struct Fiber {
   Stack stack;
   uint3 index = {};
   State state = State::exited;
-  Meeting* meeting = nullptr;  // the last one
+  Call call = {};                    // of the last wait
+  Meeting* meeting = nullptr;        // that it was at, or
+  const Barrier* barrier = nullptr;  // this
   uint64_t given = 0, taken = 0;
   int source = kSum;
+  std::vector<std::pair<unsigned, Transfer>> copies;  // on their way, each with the number of its group
+  unsigned groups = 0;                                // that are ended
 };
 
-Fiber fibers[kMaxThreads];
-Meeting block_meeting, lane_meetings[kMaxThreads];  // a mask's meeting is that of its lowest lane
-Fiber* current = nullptr;                           // null outside of a kernel
-Fiber* ready[kMaxThreads];
-unsigned ready_count = 0, size = 0, exited = 0;
+struct Block {
+  uint3 index = {};
+  Meeting meeting;
+  std::vector<Fiber*> ready;
+  unsigned exited = 0;  // threads
+  char* shared = nullptr;
+  std::vector<char> statics;  // while another block runs
+};
+
+struct Message {
+  Transfer transfer;
+  Barrier* barrier;
+  unsigned rank;  // of the block that both lie in
+  Call call;
+};
+
+// Of a cluster: fiber i is thread i % size of block i / size.
+Fiber fibers[kMaxCluster * kMaxThreads];
+Meeting lane_meetings[kMaxCluster * kMaxThreads];  // a mask's meeting is that of its lowest lane
+Block blocks[kMaxCluster];
+Meeting cluster_meeting;
+std::vector<Message> messages;
+Fiber* current = nullptr;                     // null outside of a kernel
+unsigned cluster = 0, size = 0, running = 0;  // blocks, threads of each, the block that ran last
+unsigned stay = 0, delay = 0;
+size_t shared_size = 0;
+bool hopper = false;
 
 const void* kernel = nullptr;
 void (*body)(const void*) = nullptr;
 const void* body_context = nullptr;
-void* shared = nullptr;
 std::string error;
 
 Stack main_stack;
@@ -132,70 +100,46 @@ unsigned random_below(unsigned bound) {
   return static_cast<unsigned>((random_state >> 32) * bound >> 32);
 }
 
-void acquire(void* clock) {
-  if (__tsan_acquire) __tsan_acquire(clock);
-}
-
-void release(void* clock) {
-  if (__tsan_release) __tsan_release(clock);
-}
-
 // --- fibers -------------------------------------------------------------------------------------------------------
 
-void switch_stack(Stack& from, Stack& to) {
-  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.size);
-  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, kNoSync);
-  cuda_on_cpu_switch(&from.pointer, to.pointer);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(from.fake, &to.bottom, &to.size);
+unsigned rank_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers) / size; }
+unsigned thread_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers) % size; }
+Block& block_of(const Fiber& fiber) { return blocks[rank_of(fiber)]; }
+
+void make_ready(Fiber& fiber) {
+  fiber.state = State::ready;
+  block_of(fiber).ready.push_back(&fiber);
 }
 
 void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.index;
+  blockIdx = block_of(fiber).index;
   switch_stack(main_stack, fiber.stack);
   current = nullptr;
 }
 
 void suspend() { switch_stack(current->stack, main_stack); }
 
-// A fiber outlives its thread and runs that of the next block.
+// A fiber outlives its thread and runs one of the next block.
 void run_fiber() {
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &main_stack.bottom, &main_stack.size);
+  finish_first_switch(main_stack);
   for (;;) {
     acquire(&begin_clock);
     body(body_context);
     release(&end_clock);
     current->state = State::exited;
-    ++exited;
+    ++block_of(*current).exited;
     suspend();
   }
-}
-
-void create(Fiber& fiber) {
-  Stack& stack = fiber.stack;
-  if (stack.bottom == nullptr) {
-    void* pages = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pages == MAP_FAILED || mprotect(pages, kGuard, PROT_NONE) != 0) std::perror("cuda_on_cpu: stack"), std::abort();
-    stack.bottom = static_cast<char*>(pages) + kGuard;
-    stack.size = kStack;
-  }
-  if (__tsan_create_fiber) stack.tsan = __tsan_create_fiber(0);
-  // Stacks that begin at different cache lines do not evict each other.
-  const uintptr_t top = reinterpret_cast<uintptr_t>(stack.bottom) + kStack - (&fiber - fibers) % 64 * 128;
-  void** saved = reinterpret_cast<void**>(top) - kSavedWords;
-  std::fill_n(saved, kSavedWords, nullptr);
-  saved[kReturnWord] = reinterpret_cast<void*>(&run_fiber);
-  stack.pointer = saved;
 }
 
 // Forgets fibers that will never run on.
 void abandon_fibers() {
   for (Fiber& fiber : fibers) {
     if (fiber.stack.pointer == nullptr) continue;
-    if (__tsan_destroy_fiber) __tsan_destroy_fiber(fiber.stack.tsan);
+    abandon(fiber.stack);
     if (fiber.meeting != nullptr) acquire(&fiber.meeting->clocks[0]), acquire(&fiber.meeting->clocks[1]);
-    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack.bottom, kStack);
-    fiber.stack.pointer = nullptr;
   }
 }
 
@@ -229,32 +173,34 @@ std::string description(const Call& call) {
   return text("%s at %s:%d", call.operation, call.site.file, call.site.line) + mask;
 }
 
-// What each thread of the block does, threads that do the same together.
-std::string whereabouts() {
+std::string text_of(uint3 block) { return text("block (%u, %u, %u)", block.x, block.y, block.z); }
+
+// What each thread of a block does, threads that do the same together.
+std::string whereabouts(unsigned rank) {
   std::map<std::string, std::vector<unsigned>> threads;
   for (unsigned i = 0; i < size; ++i) {
-    const Fiber& fiber = fibers[i];
+    const Fiber& fiber = fibers[rank * size + i];
     std::string doing = &fiber == current ? "failed" : "are ready to run";
     if (fiber.state == State::exited) doing = "have exited";
-    if (fiber.state == State::waiting) doing = "wait in " + description(fiber.meeting->call);
+    if (fiber.state == State::waiting) doing = "wait in " + description(fiber.call);
     threads[doing].push_back(i);
   }
-  std::string lines;
+  std::string lines = cluster > 1 ? "\n " + text_of(blocks[rank].index) : "";
   for (const auto& [doing, who] : threads)
     lines += text("\n  %zu threads (%u to %u) ", who.size(), who.front(), who.back()) + doing;
   return lines;
 }
 
 void set_error(const std::string& what) {
-  error = kernel_name() + text(", block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z) + what + whereabouts();
+  error = kernel_name() + ", " + text_of(blockIdx) + what;
+  for (unsigned rank = 0; rank < cluster; ++rank) error += whereabouts(rank);
 }
 
-// --- blocks -------------------------------------------------------------------------------------------------------
+// --- meetings -------------------------------------------------------------------------------------------------------
 
 // Owns nothing when it suspends: no destructor of this thread will run.
 [[noreturn]] void fail(const Call& call, const char* why) {
-  const unsigned thread = static_cast<unsigned>(current - fibers);
-  set_error(text(", thread %u: ", thread) + description(call) + ": " + why);
+  set_error(text(", thread %u: ", thread_of(*current)) + description(call) + ": " + why);
   release(&end_clock);
   suspend();
   std::abort();  // not reached: a launch that failed resumes no thread
@@ -275,8 +221,7 @@ uint64_t meet(Meeting& meeting, const Call& call, unsigned first, unsigned last,
   }
   char* clock = &meeting.clocks[meeting.round % 2];
   release(clock);
-  me.meeting = &meeting;
-  me.state = State::waiting;
+  me.call = call, me.meeting = &meeting, me.state = State::waiting;
   if (++meeting.arrived == expected) {
     uint64_t sum = 0;
     const auto each = [&](auto visit) {
@@ -285,7 +230,7 @@ uint64_t meet(Meeting& meeting, const Call& call, unsigned first, unsigned last,
     };
     each([&](Fiber& fiber) { sum += fiber.given; });
     each([&](Fiber& fiber) { fiber.taken = fiber.source == kSum ? sum : fibers[first + fiber.source].given; });
-    each([](Fiber& fiber) { fiber.state = State::ready, ready[ready_count++] = &fiber; });
+    each(make_ready);
     meeting.arrived = 0;
   }
   suspend();
@@ -293,33 +238,126 @@ uint64_t meet(Meeting& meeting, const Call& call, unsigned first, unsigned last,
   return me.taken;
 }
 
-void begin_block() {
-  exited = 0;
-  block_meeting.arrived = 0;
-  for (ready_count = 0; ready_count < size; ++ready_count) {
-    Fiber& fiber = fibers[ready_count];
-    if (fiber.stack.pointer == nullptr) create(fiber);
-    const unsigned row = ready_count / blockDim.x;
-    fiber.index = {ready_count % blockDim.x, row % blockDim.y, row / blockDim.y};
-    fiber.state = State::ready;
-    lane_meetings[ready_count].arrived = 0;
-    ready[ready_count] = &fiber;
+// --- what arrives later -------------------------------------------------------------------------------------------
+
+// Not by memcpy, which sanitizers watch: what they are to see, depart() does.
+void arrive(const Transfer& transfer) {
+  auto* to = static_cast<volatile unsigned*>(transfer.to);
+  for (const unsigned word : transfer.words) *to++ = word;
+}
+
+// For ThreadSanitizer; in turn, as those of a meeting.
+char* clock_of(Barrier& barrier, int phase) { return reinterpret_cast<char*>(&barrier) + phase; }
+
+void end_phase_if_complete(Barrier& barrier, unsigned rank) {
+  if (barrier.arrived == 0 || barrier.missing != 0) return;
+  barrier.arrived = 0;
+  barrier.phase ^= 1;
+  for (unsigned i = rank * size; i < (rank + 1) * size; ++i)
+    if (fibers[i].state == State::waiting && fibers[i].barrier == &barrier)
+      fibers[i].barrier = nullptr, make_ready(fibers[i]);
+}
+
+void deliver_any() {
+  const Unwatched unwatched;
+  std::swap(messages[random_below(static_cast<unsigned>(messages.size()))], messages.back());
+  const Message message = std::move(messages.back());
+  messages.pop_back();
+  if (blocks[message.rank].exited == size) {
+    blockIdx = blocks[message.rank].index;
+    return set_error(": " + description(message.call) + " writes to a block that has exited");
   }
-  release(&begin_clock);
+  arrive(message.transfer);
+  message.barrier->missing -= static_cast<int>(message.transfer.words.size() * sizeof(unsigned));
+  end_phase_if_complete(*message.barrier, message.rank);
+}
+
+// --- clusters -----------------------------------------------------------------------------------------------------
+
+// The variables that are declared __shared__, which kernels look for in one place: there lie those of the block that
+// runs.
+char* statics = nullptr;
+size_t statics_size = 0;
+thread_local char among_statics;
+
+int find_statics(dl_phdr_info* info, size_t, void*) {
+  char* const begin = static_cast<char*>(info->dlpi_tls_data);
+  for (unsigned i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& header = info->dlpi_phdr[i];
+    if (header.p_type == PT_TLS && begin <= &among_statics && &among_statics < begin + header.p_memsz)
+      statics = begin, statics_size = header.p_memsz;
+  }
+  return 0;
+}
+
+void enter(unsigned rank) {
+  std::copy_n(statics, statics_size, blocks[running].statics.begin());
+  running = rank;
+  std::copy_n(blocks[rank].statics.begin(), statics_size, statics);
+}
+
+void begin_block(unsigned rank, uint3 index) {
+  Block& block = blocks[rank];
+  block.index = index;
+  block.meeting.arrived = 0;
+  block.exited = 0;
+  block.ready.clear();
+  block.ready.reserve(size);  // here, not by a thread of the kernel
+  std::memset(block.shared, 0xff, shared_size);
+  block.statics.assign(statics_size, '\xff');
+  for (unsigned i = 0; i < size; ++i) {
+    Fiber& fiber = fibers[rank * size + i];
+    if (fiber.stack.pointer == nullptr) begin(fiber.stack, run_fiber, (&fiber - fibers) % 64);
+    const unsigned row = i / blockDim.x;
+    fiber.index = {i % blockDim.x, row % blockDim.y, row / blockDim.y};
+    fiber.barrier = nullptr;
+    fiber.copies.clear();
+    lane_meetings[rank * size + i].arrived = 0;
+    make_ready(fiber);
+  }
+}
+
+// One that is ready, mostly of the block that ran last; null: there is none.
+Fiber* draw_fiber() {
+  if (blocks[running].ready.empty() || random_below(stay) == 0) {
+    unsigned rank = random_below(cluster);
+    for (unsigned i = 0; i < cluster && blocks[rank].ready.empty(); ++i) rank = (rank + 1) % cluster;
+    if (rank != running) enter(rank);
+  }
+  std::vector<Fiber*>& ready = blocks[running].ready;
+  if (ready.empty()) return nullptr;
+  std::swap(ready[random_below(static_cast<unsigned>(ready.size()))], ready.back());
+  Fiber* const fiber = ready.back();
+  ready.pop_back();
+  return fiber;
 }
 
 void run_threads() {
-  uint64_t turns = kMaxTurns * size;
-  while (ready_count > 0 && error.empty()) {
+  uint64_t turns = kMaxTurns * size * cluster;
+  while (error.empty()) {
+    Fiber* const fiber = draw_fiber();
+    if (fiber == nullptr && messages.empty()) break;
+    if (fiber != nullptr) resume(*fiber);
+    if (error.empty() && !messages.empty() && (fiber == nullptr || random_below(delay) == 0)) deliver_any();
     if (turns-- == 0) return set_error(": endless loop");
-    std::swap(ready[random_below(ready_count)], ready[ready_count - 1]);
-    resume(*ready[--ready_count]);
   }
-  if (error.empty() && exited < size) set_error(": deadlock");
+  const auto alive = [](const Block& block) { return block.exited < size; };
+  if (error.empty() && std::any_of(blocks, blocks + cluster, alive)) set_error(": deadlock");
 }
 
-void run_block() {
-  begin_block();
+// Block `first` of the grid and its neighbours.
+void run_cluster(uint64_t first) {
+  messages.clear();
+  cluster_meeting.arrived = 0;
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    const uint64_t i = first + rank;
+    begin_block(rank, {static_cast<unsigned>(i % gridDim.x), static_cast<unsigned>(i / gridDim.x % gridDim.y),
+                       static_cast<unsigned>(i / gridDim.x / gridDim.y)});
+  }
+  running = 0;
+  std::copy_n(blocks[0].statics.begin(), statics_size, statics);
+  stay = kStays[random_below(2)], delay = kDelays[random_below(3)];
+  release(&begin_clock);
   run_threads();
   if (!error.empty()) abandon_fibers();
   acquire(&end_clock);
@@ -327,56 +365,128 @@ void run_block() {
 
 }  // namespace
 
-void* shared_memory() { return shared; }
+bool is_hopper() { return hopper; }
+void* shared_memory() { return block_of(*current).shared; }
+unsigned cluster_size() { return cluster; }
+unsigned cluster_rank() { return rank_of(*current); }
 
 void fail(const char* operation, Site site, const char* why) { fail({operation, site, 0}, why); }
 
-void meet_block(const char* operation, Site site) { meet(block_meeting, {operation, site, 0}, 0, size, size); }
+void meet_block(const char* operation, Site site) {
+  const unsigned first = rank_of(*current) * size;
+  meet(block_of(*current).meeting, {operation, site, 0}, first, first + size, size);
+}
+
+void meet_cluster(const char* operation, Site site) {
+  meet(cluster_meeting, {operation, site, 0}, 0, cluster * size, cluster * size);
+}
 
 uint64_t meet_lanes(const char* operation, unsigned mask, uint64_t value, int source, Site site) {
   const Call call = {operation, site, mask};
-  const unsigned id = static_cast<unsigned>(current - fibers), warp = id / kWarp * kWarp;
+  const unsigned id = thread_of(*current), begin = static_cast<unsigned>(current - fibers) - id;
+  const unsigned warp = begin + id / kWarp * kWarp;
   if ((mask >> id % kWarp & 1) == 0) fail(call, "the mask leaves out the calling lane");
   if (source != kSum && (mask >> source & 1) == 0) fail(call, "the mask leaves out the lane that is read");
   current->given = value;
   current->source = source;
   Meeting& meeting = lane_meetings[warp + static_cast<unsigned>(__builtin_ctz(mask))];
   const unsigned lanes = static_cast<unsigned>(__builtin_popcount(mask));
-  return meet(meeting, call, warp, std::min(warp + kWarp, size), lanes);
+  return meet(meeting, call, warp, std::min(warp + kWarp, begin + size), lanes);
 }
 
-int run(const void* kernel_, dim3 grid, dim3 block, size_t shared_bytes, void (*body_)(const void*),
+void* in_block(unsigned rank, void* address, size_t bytes, const char* operation, Site site) {
+  const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(shared_memory());
+  const Call call = {operation, site, 0};
+  if (offset > shared_size || bytes > shared_size - offset) fail(call, "this is not the block's dynamic shared memory");
+  if (rank >= cluster) fail(call, "the cluster has no such block");
+  if (blocks[rank].exited == size) fail(call, "the block has exited");
+  return blocks[rank].shared + offset;
+}
+
+void copy_until_waited_for(Transfer transfer) { current->copies.emplace_back(current->groups, std::move(transfer)); }
+
+void end_group_of_copies() { ++current->groups; }
+
+void wait_for_groups(unsigned pending) {
+  auto& copies = current->copies;
+  const auto late = std::find_if(copies.begin(), copies.end(),
+                                 [&](const auto& copy) { return current->groups - copy.first <= pending; });
+  std::for_each(copies.begin(), late, [](const auto& copy) { arrive(copy.second); });
+  copies.erase(copies.begin(), late);
+}
+
+void wait_for_copies() {
+  end_group_of_copies();
+  wait_for_groups(0);
+}
+
+void open(Barrier& barrier) { barrier = {0, 0, 0, kOpened}; }
+
+void check_open(const char* operation, const Barrier& barrier, Site site) {
+  if (barrier.opened != kOpened) fail(operation, site, "the mailbox is not open");
+}
+
+void expect(const char* operation, Barrier& barrier, int bytes, Site site) {
+  check_open(operation, barrier, site);
+  if (barrier.arrived != 0) fail(operation, site, "this phase is announced already");
+  release(clock_of(barrier, barrier.phase));
+  barrier.missing += bytes;
+  barrier.arrived = 1;
+  end_phase_if_complete(barrier, rank_of(*current));
+}
+
+void post(const char* operation, Transfer transfer, Barrier& barrier, unsigned rank, Site site) {
+  release(clock_of(barrier, barrier.phase));
+  const Unwatched unwatched;
+  messages.push_back({std::move(transfer), &barrier, rank, {operation, site, 0}});
+}
+
+// Looks again when it goes on: a phase that ended meanwhile would be missed on a GPU too.
+void wait(const char* operation, Barrier& barrier, int phase, Site site) {
+  check_open(operation, barrier, site);
+  Fiber& me = *current;
+  while (barrier.phase == phase) {
+    me.call = {operation, site, 0}, me.meeting = nullptr, me.barrier = &barrier, me.state = State::waiting;
+    release(&end_clock);  // if it never goes on
+    suspend();
+  }
+  acquire(clock_of(barrier, phase));
+}
+
+int run(const void* kernel_, dim3 grid, dim3 block, unsigned cluster_, size_t shared_bytes, void (*body_)(const void*),
         const void* context) {
   error.clear();
   kernel = kernel_, body = body_, body_context = context;
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > kMaxSharedBytes) {
-    error =
-        kernel_name() + text(": %zu blocks of %zu threads with %zu bytes are no launch", blocks, threads, shared_bytes);
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, count = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > kMaxThreads || count == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
+      shared_bytes > kMaxSharedBytes || cluster_ == 0 || cluster_ > (hopper ? kMaxCluster : 1) ||
+      grid.x % cluster_ != 0) {
+    error = kernel_name() + text(": %zu blocks of %zu threads with %zu bytes, %u a cluster, are no launch", count,
+                                 threads, shared_bytes, cluster_);
     return cudaErrorInvalidConfiguration;
   }
 
-  gridDim = grid, blockDim = block, size = static_cast<unsigned>(threads);
-  if (__tsan_get_current_fiber) main_stack.tsan = __tsan_get_current_fiber();
-  if (posix_memalign(&shared, 128, shared_bytes) != 0)
-    std::abort();  // to the byte, so that AddressSanitizer sees overruns
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
+  gridDim = grid, blockDim = block;
+  cluster = cluster_, size = static_cast<unsigned>(threads), shared_size = shared_bytes;
+  if (!is_sanitized()) dl_iterate_phdr(find_statics, nullptr);
+  adopt(main_stack);
+  for (unsigned rank = 0; rank < cluster; ++rank)  // to the byte, so that AddressSanitizer sees overruns
+    if (posix_memalign(reinterpret_cast<void**>(&blocks[rank].shared), 128, shared_bytes) != 0) std::abort();
+  std::vector<uint64_t> order(count / cluster);
+  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i * cluster;
   std::shuffle(order.begin(), order.end(), std::minstd_rand(random_below(1u << 30)));
-  for (const uint64_t i : order) {
-    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                static_cast<unsigned>(i / grid.x / grid.y)};
-    std::memset(shared, 0xff, shared_bytes);
-    run_block();
+  for (const uint64_t first : order) {
+    run_cluster(first);
     if (!error.empty()) break;
   }
-  std::free(shared);
+  for (unsigned rank = 0; rank < cluster; ++rank) std::free(blocks[rank].shared);
   return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace cuda_on_cpu
 
 const char* cuda_on_cpu_error() { return cuda_on_cpu::error.c_str(); }
+
+void cuda_on_cpu_hopper(int64_t yes) { cuda_on_cpu::hopper = yes != 0; }
 
 void cuda_on_cpu_seed(uint64_t seed) { cuda_on_cpu::random_state = seed * 2 + 1; }

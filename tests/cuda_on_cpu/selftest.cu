@@ -6,11 +6,11 @@
 #include <cstring>
 
 #include "cuda/launch.h"
+#include "selftest_clusters.h"
 
 namespace dimo::cuda {
 namespace {
 
-constexpr unsigned kThreads = 64;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // --- what works ---------------------------------------------------------------------------------------------------
@@ -125,12 +125,16 @@ __global__ void endless_loop(const float* in, float*) {
 struct Fault {
   const char* name;
   void (*kernel)(const float*, float*);
+  unsigned cluster;
 };
 
-#define FAULT(kernel) {#kernel, kernel}
+#define FAULT(kernel) {#kernel, kernel, 1}
+#define CLUSTER_FAULT(kernel) {#kernel, kernel, 2}
 
 const Fault kFaults[] = {
-    {"dropped_barrier", reverse_kernel<false>},
+    {"dropped_barrier", reverse_kernel<false>, 1},
+    {"dropped_wait", copy_kernel<false, false>, 1},
+    {"dropped_mailbox_wait", copy_kernel<true, false>, 1},
     FAULT(static_overrun),
     FAULT(dynamic_overrun),
     FAULT(tail_overrun),
@@ -143,6 +147,16 @@ const Fault kFaults[] = {
     FAULT(lane_outside_mask),
     FAULT(source_outside_mask),
     FAULT(endless_loop),
+    FAULT(misaligned_copy),
+    CLUSTER_FAULT(wrong_rank),
+    CLUSTER_FAULT(absent_rank),
+    CLUSTER_FAULT(too_many_bytes),
+    CLUSTER_FAULT(too_few_bytes),
+    CLUSTER_FAULT(foreign_address),
+    CLUSTER_FAULT(dropped_cluster_sync),
+    CLUSTER_FAULT(lonely_cluster_sync),
+    CLUSTER_FAULT(closed_mailbox),
+    CLUSTER_FAULT(hasty_message),
 };
 
 }  // namespace
@@ -179,15 +193,27 @@ int convert(const float* in, uint16_t* half, uint16_t* bfloat, float* from_half,
   return launch(convert_kernel, 256, 256, 0, nullptr, in, half, bfloat, from_half, from_bfloat);
 }
 
-int refused(int64_t threads, int64_t shared_bytes) {
-  return launch(reverse_kernel<true>, 1, static_cast<unsigned>(threads), shared_bytes, nullptr, nullptr, nullptr);
+// A number a block; each block says what the blocks of its cluster have, or what it has itself.
+int exchange_in_clusters(const float* in, float* out, int64_t cluster, int64_t clusters, int64_t keep) {
+  return launch_clusters(keep != 0 ? keep_kernel : exchange_kernel, static_cast<unsigned>(cluster),
+                         static_cast<unsigned>(cluster * clusters), kThreads, sizeof(Inbox), in, out);
 }
 
-// in and out hold 64 numbers. -1: there is no such fault.
+int copy(const float* in, float* out, int64_t mailbox) {
+  return launch(mailbox != 0 ? copy_kernel<true, true> : copy_kernel<false, true>, 1, kThreads, sizeof(Parcel), nullptr,
+                in, out);
+}
+
+int refused(int64_t threads, int64_t shared_bytes, int64_t cluster) {
+  return launch_clusters(reverse_kernel<true>, static_cast<unsigned>(cluster), 32, static_cast<unsigned>(threads),
+                         static_cast<size_t>(shared_bytes), nullptr, nullptr);
+}
+
+// in and out hold 64 numbers, and the launch finds clusters. -1: there is no such fault.
 int fault(const char* name, const float* in, float* out) {
   for (const Fault& fault : kFaults)
     if (std::strcmp(fault.name, name) == 0)
-      return launch(fault.kernel, 1, kThreads, kThreads * sizeof(float), nullptr, in, out);
+      return launch_clusters(fault.kernel, fault.cluster, fault.cluster, kThreads, kThreads * sizeof(float), in, out);
   return -1;
 }
 
