@@ -1,9 +1,9 @@
 """Categorical draws: the native kernel against PyTorch expressions and peers.
 
-Plain, guided, and with top-k and top-p; ours gives the log-probability of the draw too, the others the id alone. Peers
-are torch's Categorical, the exponential race softmax(z) / e that eager PyTorch does best, torch.compile of it, and,
-where it is installed, FlashInfer (which takes float32 probabilities, whose softmax counts, and knows no guidance).
-Useful bytes: every logit read once.
+Plain, guided, with top-k and top-p, and of logits [B, V, H, W]; ours gives the log-probability of the draw too, the
+others the id alone. Peers are torch's Categorical, the exponential race softmax(z) / e that eager PyTorch does best,
+torch.compile of it, and, where it is installed, FlashInfer (which takes float32 probabilities, whose softmax counts,
+and knows no guidance). Useful bytes: every logit read once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 import dimo_ext
 
 GUIDANCE, TOP_K, TOP_P = 2.0, 50, 0.9
-MODES = ("plain", "guided", "top-k, top-p")
+MODES = ("plain", "guided", "top-k, top-p", "vocabulary first")
+STRIDED_VOCABS = (1025, 8193)
 # rows, vocabulary
 CPU_CASES = [(262144, 17), (16384, 1025), (2048, 8193), (1024, 16384), (256, 50258), (128, 126464), (64, 262144)]
 GPU_CASES = [(1 << 24, 17), (16384, 1025), (16384, 1024), (16384, 8193), (8192, 16384), (2048, 50258), (4096, 126464),
@@ -47,6 +48,18 @@ def filtered_race(logits: Tensor, uncond: Tensor | None) -> Tensor:
     p = values.softmax(-1)
     p = torch.where(p.cumsum(-1) - p < TOP_P, p, 0.0)
     return ids.gather(-1, (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True))[..., 0]
+
+
+def vocabulary_first(logits: Tensor) -> Tensor:
+    """The same logits as a convolution over 256 positions a sample lays them out."""
+    return logits.unflatten(0, (-1, 256)).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def modes(vocab: int, dtype: torch.dtype, *, on_gpu: bool) -> tuple[str, ...]:
+    """What is timed of a case."""
+    if dtype != torch.float32 and not on_gpu:
+        return MODES[:1]
+    return MODES if vocab in STRIDED_VOCABS else MODES[:-1]
 
 
 def candidates(logits: Tensor, uncond: Tensor | None, *, filtered: bool, with_compile: bool) -> dict[str, Candidate]:
@@ -87,10 +100,11 @@ def main() -> None:
             logits, other = (
                 (2.0 * torch.randn(count, vocab, generator=generator, device=args.device)).to(dtype) for _ in range(2)
             )
-            for mode in MODES if dtype == torch.float32 or on_gpu else MODES[:1]:
+            for mode in modes(vocab, dtype, on_gpu=on_gpu):
                 uncond = other if mode == "guided" else None
                 compiles = args.compile and (on_gpu or dtype == torch.float32)
-                calls = candidates(logits, uncond, filtered=mode == MODES[2], with_compile=compiles)
+                given = vocabulary_first(logits) if mode == MODES[3] else logits
+                calls = candidates(given, uncond, filtered=mode == MODES[2], with_compile=compiles)
                 timings = time_interleaved(calls, args.device, seconds=args.seconds)
                 useful = count * vocab * dtype.itemsize * (1 if uncond is None else 2)
                 case = {"rows": count, "vocab": vocab, "dtype": str(dtype)[6:], "mode": mode}

@@ -26,11 +26,18 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   return cudaGetLastError();
 }
 
-// Whether blocks of the current device can form clusters.
+// Stands for the kernels of a file, all of which are compiled for the same architectures.
+template <int = 0>
+__global__ void any_kernel() {}
+
+// Whether blocks can form clusters: on the current device and in the code that it runs, which may be an older one's PTX.
 inline bool has_clusters() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess || major < 9) return false;
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, any_kernel<>) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
 // Launches as many clusters of blocks as fit the device at once, at most `most`: the kernel's loop shares the work out.
