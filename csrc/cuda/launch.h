@@ -30,7 +30,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
 template <int = 0>
 __global__ void any_kernel() {}
 
-// Whether blocks can form clusters: on the current device and in the code that it runs, which may be an older one's PTX.
+// Whether blocks can form clusters: on the current device, in code that was not compiled for an older one.
 inline bool has_clusters() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
