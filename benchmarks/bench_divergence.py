@@ -5,8 +5,9 @@ every counted logit, and zeros for the others. Further ones: Jensen-Shannon with
 logits [B, V, H, W] seen as [B, H, W, V], whose ids lie apart. Peers are the plain expression and torch.compile of it,
 with backward, and, where it is installed, Liger-Kernel's Jensen-Shannon (which takes log-probabilities, knows no
 guidance and has no mask). On a CPU with AVX-512 the kernel's AVX2 twin runs too. Ceilings are a copy, measured first,
-and a plain pass with three reads and one write into memory that is there already; every other candidate allocates what
-it returns, but "in place", which overwrites the auxiliary logits.
+and a plain pass with three reads and one write into memory that is there already. Every other candidate allocates what
+it returns, but "in place", which overwrites the auxiliary logits; on a CPU ours then takes the memory that its last
+output left, PyTorch's get fresh memory from the system.
 """
 
 from __future__ import annotations
