@@ -107,6 +107,10 @@ struct ScaleGradientArgs {
   int64_t factor_stride;
 };
 
+inline bool is_one_multiplier(const ScaleGradientArgs& args) {
+  return args.upstream_stride == 0 && (args.factor == nullptr || args.factor_stride == 0);
+}
+
 // -(1 - e) log q_y - e/n sum_v log q_v of each token, q = softmax over the first n = valid_vocab logits, e the label
 // smoothing, y its target; and the gradient, 0 beyond n. Tokens that the mask leaves out, or whose target lies outside
 // [0, n), do not count: they are not read, value and gradient are 0. So are those of a row without a finite logit,

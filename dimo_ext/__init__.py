@@ -23,10 +23,10 @@ Conventions:
         generator (``torch.manual_seed``).
     Determinism: the same key gives the same keys, masks and initial tokens on every backend and device, bit for bit;
         the same sampled tokens up to floating-point ties, the same noise up to rounding.
-    Memory: beyond its outputs an operator takes a few numbers a row; ``divergence_gradient_`` has no output of the
-        logits' size. On Linux, CPU outputs from 8 MiB on take the memory that earlier ones left: up to four blocks stay
-        with the process, and the system takes them back when it runs short. torch's profiler does not count them, and
-        such storage cannot be resized.
+    Memory: beyond its outputs a loss, draw or mask takes a few numbers a row; ``divergence_gradient_`` has no output of
+        the logits' size. On Linux, CPU outputs from 8 MiB on take the memory that earlier ones left: up to four blocks
+        stay with the process; the system takes their pages back when it runs short, not their addresses. torch's
+        profiler does not count them, and such storage cannot be resized.
     torch.compile: operators are ``torch.library`` ones: one graph (``fullgraph=True``) with symbolic sizes, and
         ``torch.export``. A Python float is a constant of the graph, each new value compiles anew: give a changing mask
         ratio or guidance scale as a ``[B]`` tensor. A ``generator`` is refused there: pass a key.

@@ -67,6 +67,8 @@ def register_saved_gradient(
         ctx.set_materialize_grads(False)
         ctx.available, ctx.inputs = inputs[-1], len(inputs)
         ctx.backend = current_backend()  # the backward may run on another thread
+        # Whoever packs saved tensors may hold the very gradient.
+        ctx.own = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         half = inputs[0].dtype == torch.float16
         ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
 
@@ -85,30 +87,30 @@ def _backward(ctx, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
     if not ctx.available:
         raise RuntimeError("dimo_ext: the operator was called with need_gradient=False, so it has no backward")
     scale = _Scale.apply if torch.is_grad_enabled() else _scale
-    return scale(gradient, upstream, factor, ctx.backend), *[None] * (ctx.inputs - 1)
+    return scale(gradient, upstream, factor, ctx.backend, ctx.own), *[None] * (ctx.inputs - 1)
 
 
 class _Scale(torch.autograd.Function):
     """:func:`_scale` where a graph of the backward pass is made: the operator keeps only its first derivative."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str) -> Tensor:
-        return _scale(gradient, upstream, factor, backend)
+    def forward(ctx, gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str, own: bool) -> Tensor:
+        return _scale(gradient, upstream, factor, backend, own)
 
     @staticmethod
     def backward(ctx, *_: Tensor):
         raise RuntimeError("dimo_ext operators are once differentiable: no gradient of a gradient (create_graph=True)")
 
 
-def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str) -> Tensor:
-    """Gradient × upstream × factor."""
+def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: str, own: bool) -> Tensor:
+    """Gradient × upstream × factor; ``own`` says that nobody else holds the gradient that was saved."""
     if factor is None and _is_one(upstream):
         return gradient.clone() if _is_kept() else gradient
     if backend != "reference" and _is_plain(gradient, upstream, factor):
         kernel = compiled_function("scale_gradient", gradient.device)
         single = torch.float64 not in (gradient.dtype, upstream.dtype)
         if kernel is not None and single and gradient.dim() <= MAX_DIMS:
-            return _scale_natively(kernel, gradient, upstream, factor)
+            return _scale_natively(kernel, gradient, upstream, factor, own)
     upstream = upstream.to(torch.promote_types(upstream.dtype, torch.float32))
     upstream = upstream if factor is None else upstream * factor
     scaled = gradient * upstream[..., None]  # in float32 for half types: [1] promotes where a scalar would not
@@ -116,11 +118,11 @@ def _scale(gradient: Tensor, upstream: Tensor, factor: Tensor | None, backend: s
     return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
 
 
-def _scale_natively(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None) -> Tensor:
+def _scale_natively(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor | None, own: bool) -> Tensor:
     """Gradient × upstream × factor in the gradient's own memory, unless someone needs it as it is."""
     # Three references: the graph's, this one, and the handle that asks. Who called the bare operator has another.
     shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 3
-    to = output_like(gradient) if shared or _is_kept() else gradient
+    to = output_like(gradient) if shared or not own or _is_kept() else gradient
     upstream, factor = (None if t is None else t.contiguous() for t in (upstream, factor))
     kernel(
         gradient.shape, logit_rows(gradient), logit_rows(to), upstream.data_ptr(), min(upstream.dim(), 1),

@@ -23,7 +23,10 @@ def output_like(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     fresh = torch.empty_like(tensor, device=device) if shape is None else tensor.new_empty(shape, device=device)
     if not fresh.is_meta:
         return fresh
-    memory = torch.frombuffer(native_module().OutputMemory(size), dtype=torch.uint8)
+    try:
+        memory = torch.frombuffer(native_module().OutputMemory(size), dtype=torch.uint8)
+    except MemoryError:  # torch's own error says more
+        return torch.empty_like(tensor) if shape is None else tensor.new_empty(shape)
     return tensor.new_empty(0).set_(memory.untyped_storage(), 0, fresh.shape, fresh.stride())
 
 

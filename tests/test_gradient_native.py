@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import inf
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 import dimo_ext as dx
 from dimo_ext._autograd import _scale
@@ -27,7 +29,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return _scale(ctx.stored, upstream, ctx.factor, ctx.backend), None, None, None, None
+        return _scale(ctx.stored, upstream, ctx.factor, ctx.backend, True), None, None, None, None
 
 
 def scaled(stored: Tensor, upstream: Tensor, factor: Tensor | None, backend: str, *, kept: bool = False) -> Tensor:
@@ -63,6 +65,36 @@ def test_it_is_the_product(isa, shape, vocab, dtype, layout, rows, factor, kept)
     assert torch.equal(actual, expected)
     if kept:
         assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "vocab_first"])
+def test_whose_memory_it_takes(layout):
+    """The gradient's own, unless the graph is kept or someone packed what was saved; so the kernel is what ran."""
+    (logits,) = LogitsCase((4, 64), 33, layout=layout).build(CPU, 1)
+    targets = torch.zeros(4, 64, dtype=torch.int64)
+    saved: list[Tensor] = []
+
+    def gradient(*, kept: bool = False, hooked: bool = False) -> tuple[Tensor, int]:
+        """Of twice the loss, and where the stored one lies."""
+        z = logits.clone(memory_format=torch.preserve_format).requires_grad_()
+        hooks = saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x) if hooked else nullcontext()
+        with hooks:
+            loss = dx.masked_cross_entropy(z, targets)
+        address = loss.grad_fn.next_functions[0][0] if loss.grad_fn.name().startswith("View") else loss.grad_fn
+        stored = address._saved_tensors[0] if hasattr(address, "_saved_tensors") else address.saved_tensors[0]
+        pointer, first = stored.data_ptr(), stored.clone()
+        del stored, address
+        (result,) = torch.autograd.grad(2 * loss, z, retain_graph=kept)
+        assert torch.equal(result, 2 * first)
+        if hooked:
+            assert torch.equal(saved[0], first)
+        return result, pointer
+
+    result, pointer = gradient()
+    assert result.data_ptr() == pointer
+    for options in ({"kept": True}, {"hooked": True}):
+        result, pointer = gradient(**options)
+        assert result.data_ptr() != pointer
 
 
 def test_an_ordinary_backward_with_a_scaled_loss():

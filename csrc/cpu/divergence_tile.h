@@ -342,7 +342,7 @@ class Tile {
     const Vec divergence = dead_ | ~counting_ ? Vec{} : divergence_.combine(value, second);
     const Int lost = ~dead_ & (~usable | (divergence != divergence));
     float values[kLanes];
-    store(values, divergence * factor_);
+    store(values, counting_ ? divergence * factor_ : Vec{});
     for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
     const Int zeroed = (dead_ | lost) & counting_;
     if (args_.gradient.data == nullptr || !any(zeroed)) return;

@@ -1,5 +1,6 @@
 // A gradient times what backward brings: the rows of one task, in SIMD. Compiled once an instruction set (DIMO_ISA);
-// cpu/gradient.cpp chooses. Reads and writes every element once; rows whose multiplier is 1 are not touched.
+// cpu/gradient.cpp chooses. Reads and writes every element once; in place, rows whose multiplier is 1
+// are not touched.
 #include <type_traits>
 
 #include "cpu/isa.h"
@@ -18,8 +19,7 @@ float scale_of(const ScaleGradientArgs& args, int64_t row) {
 }
 
 template <class T>
-void scale_row(const ScaleGradientArgs& args, int64_t row, float scale) {
-  alignas(64) float chunk[kChunk] = {};
+void scale_row(const ScaleGradientArgs& args, int64_t row, float scale, float* chunk) {
   const T* from = static_cast<const T*>(args.from.data) + row_offset(args.shape, args.from, row);
   T* to = static_cast<T*>(args.to.data) + row_offset(args.shape, args.to, row);
   for (int64_t begin = 0; begin < args.shape.vocab; begin += kChunk) {
@@ -38,10 +38,12 @@ void scale_row(const ScaleGradientArgs& args, int64_t row, float scale) {
 
 void DIMO_ISA::scale_gradient_rows(const ScaleGradientArgs& args, int64_t begin, int64_t end) {
   const bool in_place = args.from.data == args.to.data;
+  alignas(64) float chunk[kChunk] = {};
   for (int64_t row = begin; row < end; ++row) {
     const float scale = scale_of(args, row);
     if (in_place && scale == 1.0f) continue;
-    with_type(args.from.dtype, [&](auto* type) { scale_row<std::remove_pointer_t<decltype(type)>>(args, row, scale); });
+    with_type(args.from.dtype,
+              [&](auto* type) { scale_row<std::remove_pointer_t<decltype(type)>>(args, row, scale, chunk); });
   }
 }
 

@@ -15,7 +15,7 @@ constexpr int64_t kHugePage = int64_t{2} << 20;
 // One each for what a training step holds at a time: gradients of loss and cross-entropy, two perturbed embeddings.
 // Without a lock, which a fork could leave taken.
 std::array<std::atomic<Memory*>, 4> kept;
-std::atomic<unsigned> oldest;
+std::atomic<unsigned> next_to_go;
 
 void release(Memory* memory) {
   if (memory == nullptr) return;
@@ -40,7 +40,9 @@ Memory* map(int64_t bytes) {
   if (before > 0) munmap(begin, before);
   if (before < kHugePage) munmap(begin + before + bytes, kHugePage - before);
   madvise(begin + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-  return new (std::nothrow) Memory{begin + before, bytes};
+  Memory* const memory = new (std::nothrow) Memory{begin + before, bytes};
+  if (memory == nullptr) munmap(begin + before, static_cast<size_t>(bytes));
+  return memory;
 }
 
 }  // namespace
@@ -53,6 +55,8 @@ Memory* take_memory(int64_t bytes) {
     if (fits(*memory, bytes)) return memory;
     if (!keep(memory, slot)) release(memory);
   }
+  if (Memory* const memory = map(bytes)) return memory;
+  for (std::atomic<Memory*>& slot : kept) release(slot.exchange(nullptr));  // what is kept takes address space
   return map(bytes);
 }
 
@@ -60,7 +64,7 @@ void leave_memory(Memory* memory) {
   if (madvise(memory->data, static_cast<size_t>(memory->bytes), MADV_FREE) != 0) return release(memory);
   for (std::atomic<Memory*>& slot : kept)
     if (keep(memory, slot)) return;
-  release(kept[oldest++ % kept.size()].exchange(memory));
+  release(kept[next_to_go++ % kept.size()].exchange(memory));
 }
 
 }  // namespace dimo::cpu

@@ -44,8 +44,11 @@ __global__ __launch_bounds__(kThreads) void scale_gradient_kernel(const __grid_c
 int scale_gradient(const ScaleGradientArgs& given, void* stream) {
   if (given.shape.rows == 0 || given.shape.vocab == 0) return cudaSuccess;
   ScaleGradientArgs args = given;
-  if (args.upstream_stride == 0 && args.factor_stride == 0) lay_rows_densely(args.shape, {&args.from, &args.to});
   merge_dims(args.shape, {&args.from, &args.to});
+  if (is_one_multiplier(args)) {
+    lay_rows_densely(args.shape, {&args.from, &args.to});
+    merge_dims(args.shape, {&args.from, &args.to});
+  }
   return launch_resident(scale_gradient_kernel, 1, (args.shape.rows + kThreads - 1) / kThreads, kThreads, 0, stream,
                          args);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -23,8 +24,9 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}(?P<suffix>\.\w+)?")  # of 
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, a file or a folder, and rename it to ``path`` once the block succeeds.
 
-    On an error ``path`` stays as it was, and a crash of the machine leaves the old content or the new one, whole. The
-    parent folder is created; the temporary name keeps the suffix, from which writers derive the format.
+    On an error ``path`` stays as it was, and a crash of the machine leaves the old content or the new one, whole; of a
+    folder that replaces another, which takes two renames, perhaps both under temporary names. The parent folder is
+    created; the temporary name keeps the suffix, from which writers derive the format.
     """
     path = Path(os.path.realpath(path))  # a link's target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +55,14 @@ def _open_permissions(path: Path) -> None:
 
 def _put_on_disk(path: Path) -> None:
     """Wait for a file's data or a folder's names: a rename may reach the disk before them, and a crash between."""
+    if not path.is_file() and not path.is_dir():
+        return  # a link to nowhere
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems do not know it of folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
