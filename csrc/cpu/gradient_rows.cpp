@@ -1,6 +1,5 @@
 // A gradient times what backward brings: the rows of one task, in SIMD. Compiled once an instruction set (DIMO_ISA);
-// cpu/gradient.cpp chooses. Reads and writes every element once; in place, rows whose multiplier is 1
-// are not touched.
+// cpu/gradient.cpp chooses. Reads and writes every element once; in place, rows whose multiplier is 1 are not touched.
 #include <type_traits>
 
 #include "cpu/isa.h"

@@ -38,7 +38,7 @@ Memory* map(int64_t bytes) {
   char* const begin = static_cast<char*>(mapped);
   const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
   if (before > 0) munmap(begin, before);
-  if (before < kHugePage) munmap(begin + before + bytes, kHugePage - before);
+  munmap(begin + before + bytes, kHugePage - before);
   madvise(begin + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);
   Memory* const memory = new (std::nothrow) Memory{begin + before, bytes};
   if (memory == nullptr) munmap(begin + before, static_cast<size_t>(bytes));
