@@ -67,8 +67,7 @@ def register_saved_gradient(
         ctx.set_materialize_grads(False)
         ctx.available, ctx.inputs = inputs[-1], len(inputs)
         ctx.backend = current_backend()  # the backward may run on another thread
-        # Whoever packs saved tensors may hold the very gradient.
-        ctx.own = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        ctx.own = not _is_packed()
         half = inputs[0].dtype == torch.float16
         ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
 
@@ -129,6 +128,12 @@ def _scale_natively(kernel, gradient: Tensor, upstream: Tensor, factor: Tensor |
         address(factor), 0 if factor is None else min(factor.dim(), 1), *placement(gradient.device),
     )  # fmt: skip
     return to
+
+
+def _is_packed() -> bool:
+    """Whether someone packs what is saved now, and so may hold the very gradient; older torch versions do not tell."""
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top_hooks is None or top_hooks(True) is not None
 
 
 def _is_kept() -> bool:
