@@ -49,6 +49,46 @@ def test_every_width(isa, divergence, vocab):
     assert_matches_float64(teacher / 2, auxiliary / 2, divergence, uncond / 2, teacher_temperature=0.9)
 
 
+@pytest.mark.parametrize("vocab", range(1, 50))
+def test_every_short_width(isa, vocab):
+    """Rows are turned into the lanes in blocks, fours and ones; the last ids may come twice."""
+    scale = torch.tensor([1.0, 1.7, 3.0])
+    for dtype in (torch.float32, *HALF_TYPES):
+        for layout in ("contiguous", "sliced", "batch_second"):
+            teacher, auxiliary, uncond = LogitsCase((3, 13), vocab, dtype, layout).build(torch.device("cpu"), 3)
+            mask = torch.arange(39).view(3, 13) % 7 != 3
+            options = {"mask": mask, "guidance_scale": scale}
+            value, gradient = divergence_and_gradient(
+                teacher, auxiliary, "jeffreys:-0.2", teacher_uncond_logits=uncond, **options
+            )
+            expected, exact = divergence_and_gradient(
+                teacher.double(), auxiliary.double(), "jeffreys:-0.2", teacher_uncond_logits=uncond.double(), **options
+            )
+            assert_close(value, expected)
+            assert_gradient(gradient, exact)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocab", [1, 5, 17, 18, 31, 128])
+def test_large_gradients_of_short_rows_equal_small_ones(isa, vocab, masked):
+    """They go past the caches, also to memory that is not aligned; rows without a gradient become zero there."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows = (8 << 18) // vocab + 37
+    teacher, auxiliary = (torch.randn(rows * vocab + 1, generator=generator)[1:].view(rows, vocab) for _ in range(2))
+    teacher[5::1001, :1] = -inf  # no reverse KL
+    mask = torch.rand(rows, generator=generator) < 0.9 if masked else torch.ones(rows, dtype=torch.bool)
+    value, gradient = divergence_and_gradient(teacher, auxiliary, "reverse_kl", mask=mask)
+    parts = [
+        divergence_and_gradient(*few, "reverse_kl", mask=some)
+        for *few, some in zip(teacher.split(5000), auxiliary.split(5000), mask.split(5000), strict=True)
+    ]
+    assert_close(value, torch.cat([part[0] for part in parts]))  # a neighbour without a limit may move the last bit
+    assert torch.equal(gradient, torch.cat([part[1] for part in parts]))
+    assert vocab == 1 or not gradient[5::1001].any()
+    dx.divergence_gradient_(auxiliary, teacher, "reverse_kl", mask=mask, reduction="sum")
+    assert torch.equal(auxiliary, gradient)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("pattern", ["minus_inf", "padded", "near", "extreme"])
 @pytest.mark.parametrize("vocab", [18, 300])

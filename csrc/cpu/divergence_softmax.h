@@ -55,19 +55,19 @@ struct Tops {
   Vec p = minus_infinity(), q = minus_infinity();
 };
 
+template <Guidance kGuidance>
+DIMO_INLINE Vec mixed(Vec cond, Vec uncond, Vec scale) {
+  if constexpr (kGuidance == Guidance::off) return cond;
+  const Vec z = uncond + scale * (cond - uncond);
+  if constexpr (kGuidance == Guidance::quick) return z;
+  return scale == 1.0f ? cond : (VecMath::min(cond, uncond) == -kInfinity ? minus_infinity() : z);
+}
+
 // n logits that follow one another, mixed to z_p and copied to z_q; the last register is filled up with -inf.
 template <Guidance kGuidance, class T>
 void mix(const T* cond, const T* uncond, const T* auxiliary, Vec scale, int64_t n, float* z_p, float* z_q, Tops& tops) {
   Tops higher = tops;
-  const auto take = [&](auto careful, int64_t i, Vec p, Vec u, Vec q) {
-    if constexpr (kGuidance != Guidance::off) {
-      Vec mixed = u + scale * (p - u);
-      if constexpr (decltype(careful)::value) {
-        mixed = VecMath::min(p, u) == -kInfinity ? minus_infinity() : mixed;
-        mixed = scale == 1.0f ? p : mixed;
-      }
-      p = mixed;
-    }
+  const auto take = [&](int64_t i, Vec p, Vec q) {
     higher.p = VecMath::max(p, higher.p);
     higher.q = VecMath::max(q, higher.q);
     store(z_p + i, p);
@@ -76,42 +76,95 @@ void mix(const T* cond, const T* uncond, const T* auxiliary, Vec scale, int64_t 
   constexpr bool kGuided = kGuidance != Guidance::off;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    take(std::bool_constant<kGuidance == Guidance::careful>{}, i, load(cond + i), kGuided ? load(uncond + i) : Vec{},
-         load(auxiliary + i));
-  if (i < n)
-    take(std::true_type{}, i, load_some(cond + i, n - i), kGuided ? load_some(uncond + i, n - i) : Vec{},
+    take(i, mixed<kGuidance>(load(cond + i), kGuided ? load(uncond + i) : Vec{}, scale), load(auxiliary + i));
+  if (i < n) {
+    constexpr Guidance kCareful = kGuided ? Guidance::careful : Guidance::off;  // of the -inf that fills up
+    take(i, mixed<kCareful>(load_some(cond + i, n - i), kGuided ? load_some(uncond + i, n - i) : Vec{}, scale),
          load_some(auxiliary + i, n - i));
+  }
   tops = higher;
 }
 
-template <class T>
-void mix(Guidance guidance, const T* cond, const T* uncond, const T* auxiliary, Vec scale, int64_t n, float* z_p,
-         float* z_q, Tops& tops) {
+// The same for n ids of kLanes rows, one a lane. They are mixed before they are turned into the lanes.
+template <Guidance kGuidance, class T>
+void mix_across(const T* cond, const int64_t (&cond_rows)[kLanes], const T* uncond,
+                const int64_t (&uncond_rows)[kLanes], const T* auxiliary, const int64_t (&auxiliary_rows)[kLanes],
+                Vec scale, int64_t n, float* z_p, float* z_q, Tops& tops) {
+  constexpr bool kGuided = kGuidance != Guidance::off;
+  float scales[kLanes];
+  store(scales, scale);
+  Tops higher = tops;
+  const auto raise = [&](Vec p, Vec q) {
+    higher.p = VecMath::max(p, higher.p);
+    higher.q = VecMath::max(q, higher.q);
+  };
+  Across::cover<T>(
+      n,
+      [&](int64_t i) {
+        const Vec p = Across::read_block(z_p + i * kLanes, [&](int r) {
+          return mixed<kGuidance>(load(cond + cond_rows[r] + i), kGuided ? load(uncond + uncond_rows[r] + i) : Vec{},
+                                  VecMath::splat(scales[r]));
+        });
+        raise(p, Across::read_block(z_q + i * kLanes, [&](int r) { return load(auxiliary + auxiliary_rows[r] + i); }));
+      },
+      [&](auto i) {
+        Vec part_scale[4] = {scale, scale, scale, scale};
+        transpose_quads(part_scale);
+        const Vec p = Across::read_quad(z_p + i * kLanes, [&](int k) {
+          return mixed<kGuidance>(Across::gather_quads(cond + i, cond_rows, k),
+                                  kGuided ? Across::gather_quads(uncond + i, uncond_rows, k) : Vec{}, part_scale[k]);
+        });
+        raise(p, Across::read_quad(z_q + i * kLanes,
+                                   [&](int k) { return Across::gather_quads(auxiliary + i, auxiliary_rows, k); }));
+      },
+      [&](int64_t i) {
+        const Vec p = mixed<kGuidance>(Across::gather(cond + i, cond_rows),
+                                       kGuided ? Across::gather(uncond + i, uncond_rows) : Vec{}, scale);
+        const Vec q = Across::gather(auxiliary + i, auxiliary_rows);
+        store(z_p + i * kLanes, p);
+        store(z_q + i * kLanes, q);
+        raise(p, q);
+      });
+  tops = higher;
+}
+
+// Calls body with the guidance as a constant of its type.
+template <class Body>
+DIMO_INLINE void with_guidance(Guidance guidance, const Body& body) {
   switch (guidance) {
     case Guidance::off:
-      return mix<Guidance::off>(cond, uncond, auxiliary, scale, n, z_p, z_q, tops);
+      return body(std::integral_constant<Guidance, Guidance::off>{});
     case Guidance::quick:
-      return mix<Guidance::quick>(cond, uncond, auxiliary, scale, n, z_p, z_q, tops);
+      return body(std::integral_constant<Guidance, Guidance::quick>{});
     case Guidance::careful:
-      return mix<Guidance::careful>(cond, uncond, auxiliary, scale, n, z_p, z_q, tops);
+      return body(std::integral_constant<Guidance, Guidance::careful>{});
   }
 }
 
-// Brings memory into the second-level cache while a sweep computes: it would idle otherwise.
+// Brings memory into a cache while the sweeps compute: it would idle otherwise.
 struct Ahead {
-  static constexpr int kTensors = 4;  // the last one is written
-  const char* data[kTensors];
-  int64_t step[kTensors];  // bytes a register
+  // Of the register that is fetched next; nullptr stays so.
+  const char *teacher = nullptr, *uncond = nullptr, *auxiliary = nullptr, *gradient = nullptr;
+  int64_t teacher_step = 0, uncond_step = 0, auxiliary_step = 0, gradient_step = 0;  // bytes a register
+  bool near = false;  // into the first-level cache: what short rows need next
 
-  DIMO_INLINE void fetch() {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTensors; ++t) {
-      if (t < kTensors - 1)
-        __builtin_prefetch(data[t], 0, 2);
-      else
-        __builtin_prefetch(data[t], 1, 2);
-      data[t] += step[t];
-    }
+  DIMO_INLINE void fetch_teacher() {
+    fetch(teacher);
+    if (uncond != nullptr) fetch(uncond);
+    teacher += teacher_step, uncond += uncond_step;
+  }
+  DIMO_INLINE void fetch_auxiliary() {
+    fetch(auxiliary);
+    if (gradient != nullptr) __builtin_prefetch(gradient, 1, 2);  // to be written
+    auxiliary += auxiliary_step, gradient += gradient_step;
+  }
+
+ private:
+  DIMO_INLINE void fetch(const char* address) const {
+    if (near)
+      __builtin_prefetch(address, 0, 3);
+    else
+      __builtin_prefetch(address, 0, 2);
   }
 };
 

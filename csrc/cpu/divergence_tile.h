@@ -14,17 +14,16 @@
 namespace dimo::cpu {
 namespace {
 
-struct Buffers {
-  alignas(64) float p[kBuffer];         // the teacher's logits, mixed
-  alignas(64) float q[kBuffer];         // the auxiliary's
-  alignas(64) float weight_p[kBuffer];  // their softmax, not yet normalised
-  alignas(64) float weight_q[kBuffer];
-  alignas(64) float other[kBuffer];  // unconditional logits, then the gradient
-};
+constexpr int kStagger = 320;        // floats, so that short buffers do not meet in the same sets of a cache
+constexpr int64_t kNearVocab = 640;  // rows up to here are fetched into the first-level cache
 
-float scale_of(const TokenDivergenceArgs& args, int64_t row) {
-  return args.guidance != nullptr ? args.guidance[row / args.rows_per_sample] : args.guidance_scale;
-}
+struct Buffers {
+  alignas(64) float p[kBuffer + kStagger];         // the teacher's logits, mixed
+  alignas(64) float q[kBuffer + kStagger];         // the auxiliary's
+  alignas(64) float weight_p[kBuffer + kStagger];  // their softmax, not yet normalised
+  alignas(64) float weight_q[kBuffer + kStagger];
+  alignas(64) float other[kBuffer + kStagger];  // unconditional logits, then the gradient
+};
 
 float factor_of(const TokenDivergenceArgs& args, int64_t row) {
   return args.factor != nullptr ? args.factor[row * args.factor_stride] : 1.0f;
@@ -38,13 +37,15 @@ class Tile {
       : args_(args),
         divergence_(args.parameter),
         buffers_(buffers),
+        scale_(VecMath::splat(args.guidance_scale)),
         teacher_softmax_(args.teacher_temperature),
         auxiliary_softmax_(args.auxiliary_temperature),
         rate_difference_(teacher_softmax_.inverse_temperature - auxiliary_softmax_.inverse_temperature),
-        consecutive_(Layout::kRows == 1 && alike(args.teacher, args.auxiliary) &&
-                     (args.uncond.data == nullptr || alike(args.teacher, args.uncond))),
-        streams_(Layout::kRows == 1 && args.gradient.dtype == DType::float32 && args.gradient.vocab_stride == 1 &&
-                 is_large(args.shape, args.gradient)) {}
+        alike_(alike(args.teacher, args.auxiliary) &&
+               (args.uncond.data == nullptr || alike(args.teacher, args.uncond))),
+        streams_(
+            (Layout::kRows == 1 ? args.gradient.vocab_stride == 1 : kWhole && is_dense(args.shape, args.gradient)) &&
+            args.gradient.dtype == DType::float32 && is_large(args.shape, args.gradient)) {}
 
   // At most Layout::kRows rows, which of them count (bit r), and the one that will be run next. Those that do not count
   // leave zeros.
@@ -65,37 +66,53 @@ class Tile {
     return a.dtype == b.dtype && a.vocab_stride == 1 && b.vocab_stride == 1;
   }
 
+  // Idle lanes repeat the first row.
   void locate(const int64_t* rows, int count) {
-    alignas(64) float scales[Layout::kRows], factors[Layout::kRows];
+    const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary, &args_.gradient};
+    int64_t* const offsets[] = {teacher_, uncond_, auxiliary_, gradient_};
+    const int64_t first = rows[0];
+    successive_ = count == Layout::kRows && rows[count - 1] == first + count - 1;
     int64_t all[Layout::kRows];
-    for (int r = 0; r < Layout::kRows; ++r) all[r] = rows[r < count ? r : 0];  // idle lanes repeat the first row
-    const auto locate = [&](const LogitRows& logits, Offsets& offsets) {
-      for (int r = 0; r < Layout::kRows; ++r) offsets[r] = row_offset(args_.shape, logits, all[r]);
-    };
-    locate(args_.teacher, teacher_);
-    locate(args_.uncond, uncond_);
-    locate(args_.auxiliary, auxiliary_);
-    locate(args_.gradient, gradient_);
-    for (int r = 0; r < Layout::kRows; ++r) {
-      scales[r] = scale_of(args_, all[r]);
-      factors[r] = factor_of(args_, all[r]);
+    for (int r = 0; r < Layout::kRows; ++r) all[r] = successive_ ? first + r : rows[r < count ? r : 0];
+    if (successive_ && args_.shape.dims == 1) {
+      for (int t = 0; t < 4; ++t) {
+        const int64_t stride = tensors[t]->strides[0];
+        for (int r = 0; r < Layout::kRows; ++r) offsets[t][r] = (first + r) * stride;
+      }
+    } else {
+      for (int r = 0; r < Layout::kRows; ++r) {
+        int64_t row[4];
+        row_offsets(args_.shape, all[r], tensors, row);
+        for (int t = 0; t < 4; ++t) offsets[t][r] = row[t];
+      }
     }
-    scale_ = Layout::of_rows(scales);
-    factor_ = Layout::of_rows(factors);
+    alignas(64) float lanes[Layout::kRows];
+    if (args_.guidance != nullptr) {
+      for (int r = 0; r < Layout::kRows; ++r) lanes[r] = args_.guidance[all[r] / args_.rows_per_sample];
+      scale_ = Layout::of_rows(lanes);
+    }
+    if (args_.factor != nullptr) {
+      for (int r = 0; r < Layout::kRows; ++r) lanes[r] = factor_of(args_, all[r]);
+      factor_ = Layout::of_rows(lanes);
+    }
   }
 
   // What is read and written after the first sweep, which fetches it, from id begin of a row on.
   Ahead look_ahead(int64_t row, int64_t begin) const {
-    const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary,
-                                        streams_ ? &args_.auxiliary : &args_.gradient};
     Ahead ahead;
-    for (int t = 0; t < Ahead::kTensors; ++t) {
-      const LogitRows& logits = tensors[t]->data != nullptr ? *tensors[t] : args_.auxiliary;
+    ahead.near = Layout::kRows > 1 || args_.shape.vocab <= kNearVocab;
+    const auto look = [&](const LogitRows& logits, const char*& data, int64_t& step) {
+      if (logits.data == nullptr) return;
       const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
-      ahead.data[t] = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
+      data = static_cast<const char*>(logits.data) + element * bytes_of(logits.dtype);
       // Short rows follow one another, so do the rows of one id where the vocabulary is strided.
-      ahead.step[t] = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
-    }
+      step = (logits.vocab_stride == 1 ? kLanes : logits.vocab_stride) * bytes_of(logits.dtype);
+    };
+    look(args_.teacher, ahead.teacher, ahead.teacher_step);
+    look(args_.uncond, ahead.uncond, ahead.uncond_step);
+    look(args_.auxiliary, ahead.auxiliary, ahead.auxiliary_step);
+    const bool written_later = !streams_ && args_.gradient.data != args_.auxiliary.data;
+    if (written_later) look(args_.gradient, ahead.gradient, ahead.gradient_step);
     return ahead;
   }
 
@@ -108,27 +125,34 @@ class Tile {
 
   // Fills the buffers with ids [begin, begin + n) and raises the tops.
   void prepare(int64_t begin, int64_t n, Tops& tops) const {
-    if (consecutive_) {
-      with_type(args_.teacher.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const auto at = [&](const LogitRows& logits, const Offsets& offsets) {
-          return logits.data == nullptr ? nullptr : static_cast<const T*>(logits.data) + offsets[0] + begin;
-        };
-        mix(guidance_, at(args_.teacher, teacher_), at(args_.uncond, uncond_), at(args_.auxiliary, auxiliary_), scale_,
-            n, buffers_.p, buffers_.q, tops);
-      });
-      return;
-    }
-    read(args_.teacher, teacher_, begin, n, buffers_.p);
-    read(args_.auxiliary, auxiliary_, begin, n, buffers_.q);
-    if (guidance_ != Guidance::off) read(args_.uncond, uncond_, begin, n, buffers_.other);
-    const float *p = buffers_.p, *u = buffers_.other, *q = buffers_.q;
-    mix(guidance_, p, u, q, scale_, n * Layout::kRows, buffers_.p, buffers_.q, tops);
+    with_guidance(guidance_, [&](auto guidance) {
+      constexpr Guidance kGuidance = decltype(guidance)::value;
+      if (alike_)
+        return with_type(args_.teacher.dtype, [&](auto* type) { mix_alike<kGuidance>(type, begin, n, tops); });
+      read(args_.teacher, teacher_, begin, n, buffers_.p);
+      read(args_.auxiliary, auxiliary_, begin, n, buffers_.q);
+      if (kGuidance != Guidance::off) read(args_.uncond, uncond_, begin, n, buffers_.other);
+      const float *p = buffers_.p, *u = buffers_.other, *q = buffers_.q;
+      mix<kGuidance>(p, u, q, scale_, n * Layout::kRows, buffers_.p, buffers_.q, tops);
+    });
+  }
+
+  template <Guidance kGuidance, class T>
+  void mix_alike(T*, int64_t begin, int64_t n, Tops& tops) const {
+    const auto at = [&](const LogitRows& logits, int64_t offset) {
+      return logits.data == nullptr ? nullptr : static_cast<const T*>(logits.data) + offset + begin;
+    };
+    if constexpr (Layout::kRows == 1)
+      mix<kGuidance>(at(args_.teacher, teacher_[0]), at(args_.uncond, uncond_[0]), at(args_.auxiliary, auxiliary_[0]),
+                     scale_, n, buffers_.p, buffers_.q, tops);
+    else
+      mix_across<kGuidance>(at(args_.teacher, 0), teacher_, at(args_.uncond, 0), uncond_, at(args_.auxiliary, 0),
+                            auxiliary_, scale_, n, buffers_.p, buffers_.q, tops);
   }
 
   // Calls visit(begin, n) for the chunks of the vocabulary.
   template <class Visit>
-  void each_chunk(const Visit& visit) const {
+  DIMO_INLINE void each_chunk(const Visit& visit) const {
     constexpr int64_t kChunk =
         kWhole ? Layout::kCapacity : Layout::kCapacity / 4;  // short ones stay in the first cache
     for (int64_t begin = 0; begin < args_.shape.vocab; begin += kChunk)
@@ -137,8 +161,8 @@ class Tile {
 
   // The same in a sweep after the first one.
   template <class Visit>
-  void each_chunk_again(const Visit& visit) const {
-    each_chunk([&](int64_t begin, int64_t n) {
+  DIMO_INLINE void each_chunk_again(const Visit& visit) const {
+    each_chunk([&](int64_t begin, int64_t n) DIMO_INLINE_LAMBDA {
       Tops tops;
       if constexpr (!kWhole) prepare(begin, n, tops);
       visit(begin, n);
@@ -194,7 +218,7 @@ class Tile {
     teacher_softmax_ = Softmax(args_.teacher_temperature);
     auxiliary_softmax_ = Softmax(args_.auxiliary_temperature);
     moment_ = Vec{};
-    each_chunk([&](int64_t begin, int64_t n) {
+    each_chunk([&](int64_t begin, int64_t n) DIMO_INLINE_LAMBDA {
       Tops tops{teacher_softmax_.highest, auxiliary_softmax_.highest};
       prepare(begin, n, tops);
       Ahead ahead = kWhole ? look_ahead(next_, 0) : look_ahead(row_, begin + n);
@@ -203,7 +227,8 @@ class Tile {
       const Softmax teacher = teacher_softmax_, auxiliary = auxiliary_softmax_;
       Vec sum_p = Vec{}, sum_q = Vec{}, moment = Vec{};
       each_register(n, [&](auto last, int64_t i) {
-        ahead.fetch();
+        ahead.fetch_teacher();
+        if constexpr (!kWhole) ahead.fetch_auxiliary();
         const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
         const Vec p = teacher.weight(z_p), q = auxiliary.weight(z_q);
         sum_p += p;
@@ -217,6 +242,7 @@ class Tile {
       teacher_softmax_.sum += sum_p;
       auxiliary_softmax_.sum += sum_q;
       moment_ += moment;
+      ahead_ = ahead;
     });
     moment_ = Layout::sum_over_row(moment_);
   }
@@ -276,7 +302,7 @@ class Tile {
   void sum_pull() {
     Vec pull = Vec{};
     if (!Divergence::kPullFromMean || any(~ordinary_ & counting_)) {
-      each_chunk_again([&](int64_t, int64_t n) {
+      each_chunk_again([&](int64_t, int64_t n) DIMO_INLINE_LAMBDA {
         Vec part = Vec{};
         each_terms(n, [&](int64_t, Vec, const Terms<Vec>& t) { part += t.pull; });
         pull += part;
@@ -292,15 +318,18 @@ class Tile {
     Int largest = Int{};  // magnitude of the gradient; as integers, NaN lies above infinity
     const bool wanted = args_.gradient.data != nullptr;
     const Vec scale = (args_.factor_in_gradient ? factor_ : VecMath::splat(1.0f)) / args_.auxiliary_temperature;
-    each_chunk_again([&](int64_t begin, int64_t n) {
+    const Int counting = counting_;
+    Ahead ahead = ahead_;
+    each_chunk_again([&](int64_t begin, int64_t n) DIMO_INLINE_LAMBDA {
       Vec part = Vec{}, second_part = Vec{};
       const Vec pull = pull_;
       const auto add = [&](int64_t i, Vec q, const Terms<Vec>& t) {
+        if constexpr (kWhole) ahead.fetch_auxiliary();
         part += t.value;
         if constexpr (Divergence::kTwoValues) second_part += t.second;
         if (!wanted) return;
         Vec g = (t.pull - q * pull) * scale;
-        if constexpr (Layout::kRows > 1) g = counting_ ? g : Vec{};
+        if constexpr (Layout::kRows > 1) g = counting ? g : Vec{};
         const Int magnitude = reinterpret_cast<Int>(g) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
         store(buffers_.other + i, g);
@@ -326,9 +355,15 @@ class Tile {
   }
 
   void store_gradient(int64_t begin, int64_t n, int count) const {
-    if (streams_) {
-      stream_run(buffers_.other, n, static_cast<float*>(args_.gradient.data) + gradient_[0] + begin);
-      return;
+    if (streams_ && successive_) {
+      float* run = buffers_.other;
+      if constexpr (Layout::kRows > 1) {  // side by side first
+        int64_t offsets[Layout::kRows];
+        for (int r = 0; r < Layout::kRows; ++r) offsets[r] = r * n;
+        run = buffers_.p;
+        Layout::write(buffers_.other, 1, offsets, count, 0, n, run);
+      }
+      return stream_run(run, Layout::kRows * n, static_cast<float*>(args_.gradient.data) + gradient_[0] + begin);
     }
     with_type(args_.gradient.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -343,9 +378,13 @@ class Tile {
     const Int lost = ~dead_ & (~usable | (divergence != divergence));
     float values[kLanes];
     store(values, counting_ ? divergence * factor_ : Vec{});
-    for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
+    if (successive_)
+      std::memcpy(args_.value + rows[0], values, sizeof(float) * Layout::kRows);
+    else
+      for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
     const Int zeroed = (dead_ | lost) & counting_;
     if (args_.gradient.data == nullptr || !any(zeroed)) return;
+    finish_streams();  // what was written first
     for (int r = 0; r < count; ++r) {
       if (zeroed[r] != 0) zero_row(args_.shape, args_.gradient, rows[r]);
       if (lost[r] != 0) __atomic_fetch_add(args_.zeroed, int64_t{1}, __ATOMIC_RELAXED);
@@ -356,19 +395,21 @@ class Tile {
   const Divergence divergence_;
   Buffers& buffers_;
   Offsets teacher_ = {}, uncond_ = {}, auxiliary_ = {}, gradient_ = {};
-  Vec scale_ = Vec{}, factor_ = Vec{}, pull_ = Vec{}, moment_ = Vec{};
+  Vec scale_, factor_ = VecMath::splat(1.0f), pull_ = Vec{}, moment_ = Vec{};
   Guidance guidance_ = Guidance::off;
   Softmax teacher_softmax_, auxiliary_softmax_;
   const float rate_difference_;
   int64_t row_ = 0, next_ = 0;
-  const bool consecutive_;  // every tensor's rows, in one storage type, and along the lanes
-  const bool streams_;      // the gradient goes past the caches
+  Ahead ahead_ = {};
+  const bool alike_;    // logits of one storage type whose ids follow one another
+  const bool streams_;  // the gradient goes past the caches
   Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};
   Vec mean_x_ = Vec{};  // sum q x, where the row is ordinary
   Int dead_ = Int{}, ordinary_ = Int{};
   Int far_ = Int{};       // ordinary rows that need no series
   Int counting_ = Int{};  // the other lanes decide nothing
   bool filtered_ = false;
+  bool successive_ = false;  // rows, as many as the tile takes, follow one another
 };
 
 }  // namespace

@@ -167,17 +167,114 @@ DIMO_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
+using Quad = Register<float, 16>::type;
+
+// Quads side by side.
+DIMO_INLINE Vec joined(const Quad (&quads)[kLanes / 4]) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(__builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7),
+                                 __builtin_shufflevector(quads[2], quads[3], 0, 1, 2, 3, 4, 5, 6, 7),  //
+                                 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return quads[0];
+#endif
+}
+
+// Calls visit(i, quad) for the quads.
+template <class Visit, int kQuad = 0>
+DIMO_INLINE void each_quad(Vec x, const Visit& visit) {
+  visit(kQuad, __builtin_shufflevector(x, x, 4 * kQuad, 4 * kQuad + 1, 4 * kQuad + 2, 4 * kQuad + 3));
+  if constexpr (kQuad + 1 < kLanes / 4) each_quad<Visit, kQuad + 1>(x, visit);
+}
+
+// In every quad, four lanes of a (0 to 3) and of b (4 to 7).
+template <int k0, int k1, int k2, int k3, size_t... i>
+DIMO_INLINE Vec picked(Vec a, Vec b, std::index_sequence<i...>) {
+  constexpr int kLane[] = {k0, k1, k2, k3};
+  return __builtin_shufflevector(a, b,
+                                 (static_cast<int>(i) / 4 * 4 + kLane[i % 4] % 4 + (kLane[i % 4] < 4 ? 0 : kLanes))...);
+}
+
+// Lane j of register k becomes lane k of register j, in every quad.
+DIMO_INLINE void transpose_quads(Vec (&rows)[4]) {
+  constexpr std::make_index_sequence<kLanes> kAll;
+  const Vec low01 = picked<0, 4, 1, 5>(rows[0], rows[1], kAll), high01 = picked<2, 6, 3, 7>(rows[0], rows[1], kAll);
+  const Vec low23 = picked<0, 4, 1, 5>(rows[2], rows[3], kAll), high23 = picked<2, 6, 3, 7>(rows[2], rows[3], kAll);
+  rows[0] = picked<0, 1, 4, 5>(low01, low23, kAll);
+  rows[1] = picked<2, 3, 6, 7>(low01, low23, kAll);
+  rows[2] = picked<0, 1, 4, 5>(high01, high23, kAll);
+  rows[3] = picked<2, 3, 6, 7>(high01, high23, kAll);
+}
+
 // kLanes rows across the lanes: a register holds one id of each row.
 struct Across {
   static constexpr int kRows = kLanes;
   static constexpr int64_t kCapacity = kBuffer / kLanes;
-  static constexpr int64_t kAhead = 2 * kLanes;  // short rows are done before memory has answered
+  static constexpr int64_t kAhead = 1 * kLanes;  // short rows are done before memory has answered
 
   static bool consecutive(const int64_t (&offsets)[kRows]) {
     for (int r = 1; r < kRows; ++r)
       if (offsets[r] != offsets[0] + r) return false;
     return true;
   }
+  // Covers n ids that follow one another, of all rows at a time: with blocks of kLanes, with quads where T has them,
+  // one by one. The last block or quad may overlap the one before.
+  template <class T, class OfBlock, class OfQuad, class OfOne>
+  DIMO_INLINE static void cover(int64_t n, const OfBlock& block, const OfQuad& quad, const OfOne& one) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) block(i);
+    const int64_t rest = n - i;
+    if (n >= kLanes && rest > kLanes * 3 / 8) return block(n - kLanes);
+    if constexpr (std::is_same_v<T, float>)
+      if (n >= 4 && rest > 1)
+        for (; i < n; i += 4) quad(i + 4 <= n ? i : n - 4);
+    for (; i < n; ++i) one(i);
+  }
+  // load_row(r) gives kLanes ids of a row. Returns each row's largest.
+  template <class LoadRow>
+  DIMO_INLINE static Vec read_block(float* to, const LoadRow& load_row) {
+    Vec block[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) block[r] = load_row(r);
+    transpose(block);
+    Vec largest = block[0];
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      store(to + j * kLanes, block[j]);
+      largest = VecMath::max(block[j], largest);
+    }
+    return largest;
+  }
+  // part(k) gives four ids of rows k, k + 4, ...
+  template <class Part>
+  DIMO_INLINE static Vec read_quad(float* to, const Part& part) {
+    Vec ids[4] = {part(0), part(1), part(2), part(3)};
+    transpose_quads(ids);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(to + j * kLanes, ids[j]);
+    return VecMath::max(VecMath::max(ids[0], ids[1]), VecMath::max(ids[2], ids[3]));
+  }
+  DIMO_INLINE static Vec gather_quads(const float* from, const int64_t (&offsets)[kRows], int k) {
+    Quad quads[kLanes / 4];
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes / 4; ++i) quads[i] = load_bytes<Quad>(from + offsets[4 * i + k]);
+    return joined(quads);
+  }
+  static DIMO_INLINE void scatter_quads(Vec ids, float* to, const int64_t (&offsets)[kRows], int k) {
+    each_quad(ids, [&](int i, Quad quad) { store_bytes(to + offsets[4 * i + k], quad); });
+  }
+  // One id of each row.
+  template <class T>
+  DIMO_INLINE static Vec gather(const T* from, const int64_t (&offsets)[kRows]) {
+    return gather(from, offsets, std::make_index_sequence<kRows>{});
+  }
+  template <class T, size_t... r>
+  DIMO_INLINE static Vec gather(const T* from, const int64_t (&offsets)[kRows], std::index_sequence<r...>) {
+    return Vec{load_one(from + offsets[r])...};
+  }
+
   template <class T>
   static void read(const T* data, int64_t stride, const int64_t (&offsets)[kRows], int64_t begin, int64_t n,
                    float* to) {
@@ -185,21 +282,15 @@ struct Across {
       for (int64_t i = 0; i < n; ++i) store(to + i * kLanes, load(data + offsets[0] + (begin + i) * stride));
       return;
     }
-    const int64_t blocks = stride == 1 ? n / kLanes * kLanes : 0;
-    for (int64_t i = 0; i < blocks; i += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) block[r] = load(data + offsets[r] + begin + i);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) store(to + (i + j) * kLanes, block[j]);
+    if (stride != 1) {
+      for (int64_t i = 0; i < n; ++i) store(to + i * kLanes, gather(data + (begin + i) * stride, offsets));
+      return;
     }
-    for (int64_t i = blocks; i < n; ++i) {
-      Vec ids;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) ids[r] = load_one(data + offsets[r] + (begin + i) * stride);
-      store(to + i * kLanes, ids);
-    }
+    data += begin;
+    cover<T>(
+        n, [&](int64_t i) { read_block(to + i * kLanes, [&](int r) { return load(data + offsets[r] + i); }); },
+        [&](auto i) { read_quad(to + i * kLanes, [&](int k) { return gather_quads(data + i, offsets, k); }); },
+        [&](int64_t i) { store(to + i * kLanes, gather(data + i, offsets)); });
   }
   template <class T>
   static void write(const float* from, int64_t stride, const int64_t (&offsets)[kRows], int rows, int64_t begin,
@@ -208,19 +299,33 @@ struct Across {
       for (int64_t i = 0; i < n; ++i) store(data + offsets[0] + (begin + i) * stride, load(from + i * kLanes));
       return;
     }
-    const int64_t blocks = stride == 1 && rows == kRows ? n / kLanes * kLanes : 0;
-    for (int64_t i = 0; i < blocks; i += kLanes) {
-      Vec block[kLanes];
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) block[j] = load(from + (i + j) * kLanes);
-      transpose(block);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) store(data + offsets[r] + begin + i, block[r]);
+    data += begin * stride;
+    const auto write_one = [&](int64_t i) {
+      for (int r = 0; r < rows; ++r) store_one(data + offsets[r] + i * stride, from[i * kLanes + r]);
+    };
+    if (stride != 1 || rows != kRows) {
+      for (int64_t i = 0; i < n; ++i) write_one(i);
+      return;
     }
-    for (int r = 0; r < rows; ++r) {
-      T* row = data + offsets[r] + begin * stride;
-      for (int64_t i = blocks; i < n; ++i) store_one(row + i * stride, from[i * kLanes + r]);
-    }
+    cover<T>(
+        n,
+        [&](int64_t i) {
+          Vec block[kLanes];
+#pragma GCC unroll 16
+          for (int j = 0; j < kLanes; ++j) block[j] = load(from + (i + j) * kLanes);
+          transpose(block);
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) store(data + offsets[r] + i, block[r]);
+        },
+        [&](auto i) {
+          Vec ids[4];
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) ids[j] = load(from + (i + j) * kLanes);
+          transpose_quads(ids);
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) scatter_quads(ids[k], data + i, offsets, k);
+        },
+        write_one);
   }
   static int64_t full(int64_t n) { return n; }
   static int64_t padded(int64_t n) { return n; }
