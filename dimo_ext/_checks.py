@@ -37,12 +37,13 @@ def check_number(
     value: float, name: str, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
     """Return ``value`` as a finite float in [low, high], or in (low, high] with ``open_low``."""
-    brackets = "(" if open_low else "["
-    bounds = "" if math.isinf(low) and math.isinf(high) else f" in {brackets}{low:g}, {high:g}]"
-    require_type(value, (int, float, torch.SymFloat), name, f"a finite number{bounds}")
+    number = isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
     # Comparisons alone, so that torch.compile can keep the number symbolic; 2^1023 keeps huge ints out of float().
-    inside = -(2.0**1023) < value < 2.0**1023 and low <= value <= high and not (open_low and value == low)
-    if not inside:
+    inside = number and -(2.0**1023) < value < 2.0**1023 and low <= value <= high and not (open_low and value == low)
+    if not inside:  # what was expected is formatted on failure alone
+        brackets = "(" if open_low else "["
+        bounds = "" if math.isinf(low) and math.isinf(high) else f" in {brackets}{low:g}, {high:g}]"
+        require_type(value, (int, float, torch.SymFloat), name, f"a finite number{bounds}")
         require(False, name, f"a finite number{bounds}", value)
     return float(value)
 
@@ -72,13 +73,21 @@ def check_reduction(reduction: str, logits: Tensor) -> None:
 def check_logits(logits: Tensor, name: str, like: Tensor | None = None) -> None:
     """Raise unless ``logits`` is a floating-point ``[..., V]`` tensor, V >= 1 (of the shape and device of ``like``)."""
     require_type(logits, Tensor, name, "a floating-point tensor [..., V]")
-    require(logits.layout == torch.strided, name, "a dense tensor", f"layout {logits.layout}")
+    if logits.layout != torch.strided:
+        require(False, name, "a dense tensor", f"layout {logits.layout}")
     require(logits.dtype in FLOATS, name, "dtype float32, float16, bfloat16 or float64", logits.dtype, TypeError)
-    require(logits.dim() >= 1 and logits.shape[-1] >= 1, name, "shape [..., V] with V >= 1", list(logits.shape))
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        require(False, name, "shape [..., V] with V >= 1", list(logits.shape))
     if like is not None:
-        if logits.shape != like.shape:  # formatted on failure alone: a size may be symbolic
-            require(False, name, f"shape {list(like.shape)}", list(logits.shape))
-        require(logits.device == like.device, name, f"a tensor on {like.device}", f"one on {logits.device}")
+        check_like(logits, name, like.shape, like.device)
+
+
+def check_like(value: Tensor, name: str, shape: torch.Size, device: torch.device) -> None:
+    """Raise unless ``value`` has that shape and lies on that device."""
+    if value.shape != shape:  # formatted on failure alone: a size may be symbolic
+        require(False, name, f"shape {list(shape)}", list(value.shape))
+    if value.device != device:
+        require(False, name, f"a tensor on {device}", f"one on {value.device}")
 
 
 def check_values(valid: Callable[[], Tensor], name: str, expected: str) -> None:
@@ -116,9 +125,7 @@ def check_tensor(value: Tensor, name: str, shape: torch.Size, dtypes: tuple[torc
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     require_type(value, Tensor, name, f"a {names} tensor")
     require(value.dtype in dtypes, name, f"dtype {names}", value.dtype, TypeError)
-    if value.shape != shape:  # formatted on failure alone: a size may be symbolic
-        require(False, name, f"shape {list(shape)}", list(value.shape))
-    require(value.device == device, name, f"a tensor on {device}", f"one on {value.device}")
+    check_like(value, name, shape, device)
 
 
 def split_scalar_or_per_sample(

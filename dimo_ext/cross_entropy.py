@@ -67,7 +67,7 @@ def _factor(inputs: tuple, output: tuple) -> Tensor | None:
 for _device in ("CPU", "CUDA"):
     _LIB.impl("masked_cross_entropy", _masked_cross_entropy, _device)
 torch.library.register_fake("dimo_ext::masked_cross_entropy", _fake, lib=_LIB)
-register_saved_gradient("dimo_ext::masked_cross_entropy", _LIB, _factor)
+register_saved_gradient("masked_cross_entropy", _LIB, _factor)
 
 
 def _check_values(logits: Tensor, targets: Tensor, mask: Tensor | None, vocab: int) -> None:

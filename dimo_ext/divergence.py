@@ -108,7 +108,7 @@ def _run(
     guidance = None if guidance_per_sample is None else guidance_per_sample.to(torch.float32).contiguous()
     floor = -math.inf if teacher_log_floor is None else teacher_log_floor
     kernel(
-        *_kernel_divergence(parse_divergence(divergence)), teacher.shape,
+        *_kernel_divergence(divergence), teacher.shape,
         [logit_rows(z) for z in (teacher, uncond, auxiliary, gradient)],
         (guidance_scale, address(guidance), rows_per_sample(teacher)),
         (teacher_temperature, auxiliary_temperature, floor), address(mask),
@@ -118,16 +118,17 @@ def _run(
     return value, zeroed
 
 
-def _kernel_divergence(divergence: Divergence) -> tuple[Any, float]:
+def _kernel_divergence(divergence: str) -> tuple[Any, float]:
     """Kind and parameter as the compiled module takes them."""
     name, parameter = _name_and_parameter(divergence)
     return getattr(native_module().DivergenceKind, name), parameter
 
 
 @functools.cache
-def _name_and_parameter(divergence: Divergence) -> tuple[str, float]:
+def _name_and_parameter(divergence: str) -> tuple[str, float]:
     """Jeffreys' limits are the KLs."""
-    parameter, name = next(iter(dataclasses.astuple(divergence)), 0.0), type(divergence).__name__
+    parsed = parse_divergence(divergence)
+    parameter, name = next(iter(dataclasses.astuple(parsed)), 0.0), type(parsed).__name__
     if name == "Jeffreys" and parameter in (0.0, 1.0):
         name = "ReverseKL" if parameter else "ForwardKL"
     return name, parameter
@@ -152,7 +153,7 @@ for _device in ("CPU", "CUDA"):
     _LIB.impl("divergence_gradient_", _divergence_gradient_, _device)
 torch.library.register_fake("dimo_ext::token_divergence", _fake, lib=_LIB)
 torch.library.register_fake("dimo_ext::divergence_gradient_", _fake_gradient_, lib=_LIB)
-register_saved_gradient("dimo_ext::token_divergence", _LIB, lambda inputs, _: inputs[-3])
+register_saved_gradient("token_divergence", _LIB, lambda inputs, _: inputs[-3])
 
 
 class CountedDivergence(NamedTuple):
