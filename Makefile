@@ -74,7 +74,7 @@ test-full: $(VENV)/.test
 
 # Without a GPU: tests/cuda_on_cpu runs the kernels' own source.
 sanitize: $(VENV)/.test
-	DIMO_SANITIZE=1 $(BIN)/pytest tests/test_cuda_on_cpu.py $(ARGS)
+	DIMO_SANITIZE=1 $(BIN)/pytest tests/test_shim.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

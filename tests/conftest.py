@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dimo_ext as dx
 from dimo_ext._backend import _core
+from tests import shim as shims
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 _SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -43,6 +44,13 @@ FALSE_ALARM = 1e-6  # how often a correct sampler fails one statistical test, we
 def device(request) -> torch.device:
     """Every device of this machine."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def shim() -> Iterator[shims.Shim]:
+    """The CUDA kernels compiled for the CPU, as on a GPU without clusters unless the test says otherwise."""
+    yield shims.loaded()
+    shims.loaded().hopper(False)
 
 
 def cross(*axes: Iterable) -> list[tuple]:

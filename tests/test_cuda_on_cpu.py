@@ -1,25 +1,12 @@
-"""The CUDA kernels' own source, compiled for the CPU: results, thread orders, and the faults that this harness catches.
-
-tests/cuda_on_cpu/cuda_runtime_api.h says how. Sanitizers run under `make sanitize`.
-"""
+"""The CUDA kernels' own source, compiled for the CPU: results in every geometry, in any order of threads."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import os
-import platform
-import re
-import shutil
-import subprocess
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -31,140 +18,33 @@ from dimo_ext.reference._logits import guided
 from dimo_ext.schedules import MASK_SCHEDULES
 from tests.calls import with_gradient
 from tests.conftest import LogitsCase, assert_close, assert_gradient, assert_same_draws, cross
+from tests.shim import ORDERS, loaded, needs_shim
 from tests.test_divergence_in_place import test_it_is_the_gradient_of_the_loss as test_divergence_in_place
 from tests.test_masking import test_backends_are_bit_equal as test_any_masking_is_bit_equal  # noqa: F401
 from tests.test_random import test_fold_in_is_a_function_of_key_and_number  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ["g++", "clang++"]), None)
-SUPPORTED = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
-
-pytestmark = [
-    pytest.mark.skipif(not SUPPORTED, reason="switches stacks on Linux on x86-64 and aarch64 only"),
-    pytest.mark.skipif(not (COMPILER and shutil.which("make")), reason="needs make and g++ or clang++"),
-]
+pytestmark = needs_shim
 
 LENGTHS = [1, 2, 3, 4, 5, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1023, 1025, 4095, 4096, 4097, 5000]
-ORDERS = range(3)  # seeds of the order in which threads run
-THREADS = 64  # of selftest.cu
-LANES = np.arange(THREADS) % 32
 DEVICE = torch.device("cpu")
 HALF_AND_SINGLE = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def built(target: str) -> Path:
-    """The shared library, or a program; compiled anew where a source has changed."""
-    command = ["make", "-s", "-f", "tests/cuda_on_cpu/Makefile", f"-j{os.cpu_count()}", f"CXX={COMPILER}", target]
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "cuda_on_cpu.lock").open("w") as lock:  # tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return ROOT / "build" / "cuda_on_cpu" / target
-
-
-class Shim:
-    """Calls launchers on arrays' addresses; a launch that fails raises RuntimeError."""
-
-    def __init__(self) -> None:
-        self.library = ctypes.CDLL(str(built("library")))
-        self.library.cuda_on_cpu_error.restype = ctypes.c_char_p
-
-    def __call__(self, launcher: str, *arguments) -> None:
-        if getattr(self.library, launcher)(*map(_as_c, arguments)) != 0:
-            raise RuntimeError(self.library.cuda_on_cpu_error().decode())
-
-    def order(self, seed: int) -> None:
-        """Seeds the order of blocks and threads."""
-        self.library.cuda_on_cpu_seed(ctypes.c_uint64(seed))
-
-    def hopper(self, yes: bool) -> None:
-        """Whether the GPU has clusters and mailboxes."""
-        self.library.cuda_on_cpu_hopper(ctypes.c_int64(yes))
-
-    def kernel(self, operator: str, *_) -> tuple[Callable[..., None], None]:
-        """What dimo_ext calls for a native kernel, which also takes the number of CPU threads."""
-        call = getattr(self, operator, partial(self, operator))
-        return (lambda *arguments: call(*arguments[:-1])), None
-
-    # The nested arguments of the compiled module, one after another.
-
-    def token_divergence(
-        self, kind, parameter, sizes, logits, guidance, temperatures, mask, factor, value, zeroed, _
-    ) -> None:
-        rows, ticket = _flat(sizes, logits), np.zeros(1, np.int32) if mask else 0  # as with a mask on a GPU
-        self(
-            "token_divergence", kind, parameter, *rows, *guidance, *temperatures, mask, *factor, value, zeroed, ticket
-        )  # fmt: skip
-
-    def masked_cross_entropy(self, sizes, logits, targets, mask, valid_vocab, smoothing, factor, *outputs) -> None:
-        rows = _flat(sizes, logits)
-        self("masked_cross_entropy", *rows, targets, mask, valid_vocab, smoothing, *factor, *outputs)
-
-    def sample_categorical(self, sizes, logits, guidance, key, temperature, filters, *outputs) -> None:
-        self("sample_categorical", *_flat(sizes, logits), *guidance, *key, temperature, *filters, *outputs)
-
-    def reveal_ancestral(self, sizes, logits, guidance, key, temperature, filters, state, mask_id, chance, out) -> None:
-        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
-        self("reveal_ancestral", *draw, state, mask_id, *chance, out)
-
-    def reveal_confident(
-        self, sizes, logits, guidance, key, temperature, filters, state, mask_id, count, noise, workspace, out
-    ) -> None:
-        draw = (*_flat(sizes, logits), *guidance, *key, temperature, *filters)
-        self("reveal_confident", *draw, state, mask_id, *count, noise, *workspace, out)
-
-    def perturb_embeddings(self, sizes, embeddings, rows_per_sample, key, sigma, scale, ids) -> None:
-        self("perturb_embeddings", *_flat(sizes, embeddings), rows_per_sample, *key, sigma, scale, *ids)
-
-    def embed_and_perturb(self, *arguments) -> None:
-        self.perturb_embeddings(*arguments)
-
-
-def _flat(sizes, logits) -> list:
-    rows = [(0, 0, np.zeros(1)) if z is None else (*z[:2], np.array(z[2])) for z in logits]
-    return [len(sizes) - 1, np.array(sizes), *(argument for row in rows for argument in row)]
-
-
-def _as_c(argument):
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    if isinstance(argument, np.ndarray):
-        return argument.ctypes
-    return argument if isinstance(argument, bytes) else ctypes.c_int64(argument)
-
-
 DivergenceKind = IntEnum("DivergenceKind", [d.__name__ for d in DIVERGENCES.values()], start=0)  # as in csrc/ops.h
 
 
-@pytest.fixture(scope="module")
-def shim() -> Shim:
-    return Shim()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _served_by_the_kernels(shim):
+def _served_by_the_kernels():
     """Operators on CPU tensors run the CUDA kernels."""
     with pytest.MonkeyPatch.context() as patch, dx.use_backend("native"):
-        patch.setattr(_backend, "_find_kernel", shim.kernel)
+        patch.setattr(_backend, "_find_kernel", loaded().kernel)
         for module in (divergence, _memory):
             patch.setattr(module, "native_module", lambda: SimpleNamespace(DivergenceKind=DivergenceKind))
         yield
 
 
-@pytest.fixture(autouse=True)
-def _without_clusters(shim):
-    yield
-    shim.hopper(False)
-
-
 @pytest.fixture(scope="module")
 def device() -> torch.device:
     """For the tests of other files that this one runs once more."""
-    return torch.device("cpu")
-
-
-# --- the library's kernels ------------------------------------------------------------------------------------------
+    return DEVICE
 
 
 def assert_equals_reference(call: Callable[[], tuple[Tensor, ...]]) -> None:
@@ -546,242 +426,3 @@ def test_mask_tokens_by_a_schedule(shim, schedule):
     tokens, times = torch.zeros(200, 300, dtype=torch.int64), torch.linspace(-0.1, 1.1, 200)
     masked = partial(dx.mask_tokens, tokens, times, -7, schedule=schedule, min_masked=0, key=dx.random_key(1))
     assert_equals_reference(masked)
-
-
-# --- what the shim promises to do -----------------------------------------------------------------------------------
-
-
-def source_lane(shuffle: str, argument: int, width: int) -> np.ndarray:
-    """The lane that each lane reads, as the CUDA C++ programming guide defines it."""
-    inside, segment = LANES % width, LANES - LANES % width
-    if shuffle == "index":
-        return segment + argument % width
-    if shuffle == "up":
-        return np.where(inside >= argument, LANES - argument, LANES)
-    if shuffle == "down":
-        return np.where(inside + argument < width, LANES + argument, LANES)
-    return np.where((LANES ^ argument) < segment + width, LANES ^ argument, LANES)
-
-
-@pytest.mark.parametrize("width", [2, 8, 32])
-@pytest.mark.parametrize("argument", [0, 1, 5, 16, 31])
-@pytest.mark.parametrize("shuffle", ["index", "up", "down", "xor"])
-def test_shuffles(shim, shuffle, argument, width):
-    """Each lane gets what its source gave, in 32 and 64 bits."""
-    kind = ["index", "up", "down", "xor"].index(shuffle)
-    for launcher, dtype in [("shuffle32", np.float32), ("shuffle64", np.float64)]:
-        given = np.random.default_rng(0).normal(size=THREADS).astype(dtype)
-        taken = np.zeros_like(given)
-        shim(launcher, given, taken, kind, argument, width)
-        expected = given[np.arange(THREADS) // 32 * 32 + source_lane(shuffle, argument, width)]
-        assert np.array_equal(taken, expected)
-
-
-@pytest.mark.parametrize("split", [1, 7, 16, 31])
-def test_votes(shim, split):
-    """Ballot, any and all among the lanes of two masks at once."""
-    rng = np.random.default_rng(split)
-    for share in (0.0, 0.1, 0.9, 1.0):
-        given, votes = (rng.random(THREADS) < share).astype(np.int32), np.zeros((THREADS, 3), np.uint32)
-        shim("vote", given, votes, split)
-        for warp in (0, 32):
-            for lanes in (range(split), range(split, 32)):
-                said = given[warp + np.array(lanes)]
-                ballot = sum(1 << lane for lane, yes in zip(lanes, said, strict=True) if yes)
-                expected = [ballot, said.any(), said.all()]
-                assert (votes[warp + np.array(lanes)] == expected).all()
-
-
-def test_atomics(shim):
-    """Sums, extremes and bits over several blocks; a loop around compare-and-swap adds up too."""
-    given = np.random.default_rng(0).integers(-100, 100, 5 * THREADS).astype(np.int32)
-    out, total, bits = np.zeros(4, np.int32), np.zeros(1, np.float32), np.zeros(1, np.uint64)
-    shim("atomics", given, out, total, bits, 5)
-    assert out.tolist() == [given.sum(), given.max(), given.min(), given.sum()]
-    assert total == 0.5 * given.size
-    assert int(bits[0]) == np.bitwise_or.reduce(1 << (given.astype(object) & 63))
-
-
-@pytest.mark.parametrize("low", [0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001])
-def test_conversions(shim, low):
-    """Every half number, and floats around every boundary between halves, as torch converts them."""
-    count = 2**16
-    every = torch.arange(count, dtype=torch.int32).to(torch.uint16)
-    given = ((np.arange(count, dtype=np.uint32) << 16) | low).view(np.float32)
-    rounded = np.zeros((2, count), np.uint16)
-    widened = np.zeros((2, count), np.float32)
-    shim("convert", given, *rounded, *widened)
-    for i, dtype in enumerate([torch.float16, torch.bfloat16]):
-        np.testing.assert_array_equal(widened[i], every.view(dtype).float().numpy())
-        expected = torch.from_numpy(given).to(dtype).view(torch.uint16).numpy()
-        assert np.array_equal(rounded[i], np.where(np.isnan(given), 0x7FFF, expected))
-
-
-def reversed_by(shim: Shim, launch: Callable[[np.ndarray, np.ndarray], None], order: int) -> bool:
-    given, out = np.arange(THREADS, dtype=np.float32), np.zeros(THREADS, np.float32)
-    shim.order(order)
-    launch(given, out)
-    return np.array_equal(out, given[::-1])
-
-
-def test_a_missing_barrier_gives_wrong_numbers(shim):
-    """Through dynamic shared memory; with its barrier the kernel is right in every order."""
-    assert all(reversed_by(shim, partial(shim, "reverse"), order) for order in range(20))
-    assert not any(reversed_by(shim, partial(shim, "fault", b"dropped_barrier"), order) for order in range(20))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("cluster", "clusters"), [(1, 3), (2, 3), (9, 2), (16, 1)])
-def test_blocks_of_a_cluster_write_to_each_other(shim, cluster, clusters, order):
-    """Each has shared memory of its own, dynamic and static; messages come whenever they come."""
-    given = np.random.default_rng(0).normal(size=(clusters, cluster)).astype(np.float32)
-    taken = np.zeros((clusters, cluster, cluster), np.float32)
-    shim.order(order)
-    shim.hopper(True)
-    for keep, expected in [(False, given[:, None]), (True, given[:, :, None])]:
-        shim("exchange_in_clusters", given, taken, cluster, clusters, keep)
-        assert np.array_equal(taken, np.broadcast_to(expected, taken.shape))
-
-
-@pytest.mark.parametrize(("mailbox", "dropped"), [(False, b"dropped_wait"), (True, b"dropped_mailbox_wait")])
-def test_copies_are_there_when_they_were_waited_for(shim, mailbox, dropped):
-    """A kernel that does not wait reads NaN in some order."""
-    given, out, hasty = np.ones(THREADS, np.float32), *np.zeros((2, THREADS), np.float32)
-    shim.hopper(True)
-    read = []
-    for order in range(20):
-        shim.order(order)
-        shim("copy", given, out, mailbox)
-        assert (out[: THREADS // 2] == 1).all()
-        shim("fault", dropped, given, hasty)
-        read.append(hasty[: THREADS // 2].copy())
-    assert np.isnan(read).any()
-
-
-# --- what the shim promises to catch --------------------------------------------------------------------------------
-
-
-def failure(shim: Shim, fault: str) -> str:
-    given, out = np.zeros(THREADS + 4, np.float32), np.zeros(THREADS, np.float32)
-    shim.hopper(True)
-    with pytest.raises(RuntimeError, match=rf"{fault}\(float const\*, float\*\), block \([01], 0, 0\)") as caught:
-        shim("fault", fault.encode(), given, out)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("fault", "operation", "why"),
-    [
-        ("divergent_barrier", "__syncthreads", "other threads wait elsewhere"),
-        ("barrier_after_exit", "__syncthreads", r"deadlock\n *1 threads \(5 to 5\) have exited\n *63 threads"),
-        ("absent_lanes", "__shfl_down_sync", "deadlock\n.* 32 threads .* wait in .*mask 0xffffffff"),
-        ("lane_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the calling lane"),
-        ("source_outside_mask", "__shfl_xor_sync", "mask 0x0000ffff: the mask leaves out the lane that is read"),
-        ("misaligned_load", "__ldg", "misaligned address"),
-        ("misaligned_copy", "copy_async", "misaligned address"),
-        ("lonely_cluster_sync", "cluster_sync", r"deadlock\n block \(0, 0, 0\)\n.* wait in .* 64 threads .* have exit"),
-        ("absent_rank", "send", "the cluster has no such block"),
-        ("foreign_address", "send", "this is not the block's dynamic shared memory"),
-        ("closed_mailbox", "send", "the mailbox is not open"),
-        ("wrong_rank", "wait", r"deadlock\n.* block \(1, 0, 0\)\n *64 threads \(0 to 63\) wait in Mailbox::wait"),
-        ("too_many_bytes", "wait", r"deadlock\n.* 64 threads .* wait in Mailbox::wait"),
-    ],
-)
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_fault_ends_the_launch(shim, fault, operation, why, order):
-    """The message names the kernel and the line; the next launch works."""
-    shim.order(order)
-    message = failure(shim, fault)
-    assert re.search(why, message, re.DOTALL), message
-    file, line = re.search(rf"{operation} at (\S+):(\d+)", message).groups()
-    assert operation in (ROOT / file).read_text().splitlines()[int(line) - 1]
-    assert reversed_by(shim, partial(shim, "reverse"), order)
-
-
-@pytest.mark.parametrize("fault", ["dropped_cluster_sync", "too_few_bytes"])
-def test_a_message_to_a_block_that_left_ends_the_launch(shim, fault):
-    """In some orders it comes too late."""
-    given, out, messages = np.zeros(THREADS, np.float32), np.zeros(THREADS, np.float32), []
-    shim.hopper(True)
-    for order in range(20):
-        shim.order(order)
-        with contextlib.suppress(RuntimeError):
-            shim("fault", fault.encode(), given, out)
-        messages.append(shim.library.cuda_on_cpu_error().decode())
-    assert any(re.search(r"Mailbox::send at .* writes to a block that has exited", text) for text in messages), messages
-
-
-def test_an_endless_loop_ends_the_launch(shim):
-    """A loop that waits for others time and again."""
-    assert "endless loop" in failure(shim, "endless_loop")
-
-
-@pytest.mark.parametrize(
-    ("threads", "shared_bytes", "cluster", "hopper"),
-    [
-        *((*launch, False) for launch in [(0, 0, 1), (1025, 0, 1), (32, 2**18, 1), (32, 0, 2)]),
-        (32, 0, 3, True),
-        (32, 0, 32, True),
-    ],
-)
-def test_an_impossible_launch_is_refused(shim, threads, shared_bytes, cluster, hopper):
-    """As a GPU refuses it: also clusters where it has none, larger ones, those that do not divide the grid."""
-    shim.hopper(hopper)
-    what = f"32 blocks of {threads} threads with {shared_bytes} bytes, {cluster} a cluster, are no launch"
-    with pytest.raises(RuntimeError, match=what):
-        shim("refused", threads, shared_bytes, cluster)
-
-
-# --- sanitizers -----------------------------------------------------------------------------------------------------
-
-sanitized = pytest.mark.skipif(not os.environ.get("DIMO_SANITIZE"), reason="`make sanitize` runs it")
-
-
-def run_program(sanitizer: str, *arguments: str) -> tuple[int, str]:
-    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}  # a race may leave a kernel in an endless loop
-    command = [built(sanitizer), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
-
-
-@sanitized
-@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-def test_kernels_are_clean(sanitizer):
-    """Every kernel at small sizes: nothing to report, and the results of the CPU kernels."""
-    assert run_program(sanitizer) == (0, "")
-
-
-@sanitized
-@pytest.mark.parametrize(
-    ("sanitizer", "fault", "report", "lines"),
-    [
-        ("asan", "static_overrun", "global-buffer-overflow|insufficient space", ["next[threadIdx.x] ="]),
-        ("asan", "dynamic_overrun", "heap-buffer-overflow", ["shared_memory<float>()[threadIdx.x + 1] ="]),
-        ("asan", "tail_overrun", "heap-buffer-overflow", ["i <= kThreads"]),
-        ("asan", "misaligned_access", "misaligned address", ["reinterpret_cast<const float4*>(in + 1)"]),
-        ("tsan", "dropped_barrier", "data race", ["row[threadIdx.x] =", "= row[kThreads - 1 - threadIdx.x]"]),
-        ("tsan", "unguarded_count", "data race", ["*out += 1.0f"]),
-        ("tsan", "hasty_message", "data race", ["inbox.mailbox.send(", "= inbox.board["]),
-    ],
-)
-def test_sanitizers_see(sanitizer, fault, report, lines):
-    """The program fails with a report that names the kernel's lines."""
-    status, output = run_program(sanitizer, fault)
-    assert status != 0
-    assert re.search(report, output), output
-    named = "\n".join(
-        (ROOT / "tests" / "cuda_on_cpu" / file).read_text().splitlines()[int(line) - 1]
-        for file, line in re.findall(r"(selftest\w*\.(?:cu|h)):(\d+)", output)
-    )
-    assert all(line in named for line in lines), output
-
-
-@sanitized
-@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
-@pytest.mark.parametrize("fault", ["divergent_barrier", "too_many_bytes", "closed_mailbox"])
-def test_a_failed_launch_leaves_nothing_to_report(sanitizer, fault):
-    """Threads that were abandoned are no leak and no race, nor are messages on their way."""
-    status, output = run_program(sanitizer, fault)
-    assert status == 1
-    assert output.startswith(f"dimo::cuda::(anonymous namespace)::{fault}"), output
-    assert "Sanitizer" not in output
