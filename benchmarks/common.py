@@ -132,7 +132,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=torch.device(default), help="where to run")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--out", type=csv_file, help="CSV file to write")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on one case")
     parser.add_argument("--vocab", type=int, nargs="*", help="these vocabularies alone, where there are several")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
@@ -142,6 +142,14 @@ def arguments(description: str | None) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         parser.error(f"--device: expected one that is there, got {args.device} ({str(error).splitlines()[0]})")
     return args
+
+
+def csv_file(name: str) -> Path:
+    """A path that can be a file: known before anything is timed."""
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {name}")
+    return path
 
 
 def _device(name: str) -> torch.device:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import environment
+from common import csv_file, environment
 from plain_step import PlainTrainer
 from torch import Tensor, nn
 from torch.profiler import profile
@@ -417,7 +417,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 on a GPU")
     parser.add_argument("--trace", type=Path, help="write a torch.profiler trace a candidate into this folder instead")
-    parser.add_argument("--out", type=Path, help="CSV file to write, with a chart beside it")
+    parser.add_argument("--out", type=csv_file, help="CSV file to write, with a chart beside it")
     return parser.parse_args()
 
 

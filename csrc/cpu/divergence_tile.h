@@ -54,6 +54,7 @@ class Tile {
     locate(rows, count);
     row_ = rows[0];
     next_ = next + Layout::kAhead < args_.shape.rows ? next + Layout::kAhead : next;
+    summed_ = false;
     gather_statistics();
     if (args_.gradient.data != nullptr) sum_pull();
     write(rows, count);
@@ -100,7 +101,7 @@ class Tile {
   // What is read and written after the first sweep, which fetches it, from id begin of a row on.
   Ahead look_ahead(int64_t row, int64_t begin) const {
     Ahead ahead;
-    ahead.near = Layout::kRows > 1 || args_.shape.vocab <= kNearVocab;
+    ahead.near = kWhole && (Layout::kRows > 1 || args_.shape.vocab <= kNearVocab);
     const auto look = [&](const LogitRows& logits, const char*& data, int64_t& step) {
       if (logits.data == nullptr) return;
       const int64_t element = row_offset(args_.shape, logits, row) + begin * logits.vocab_stride;
@@ -299,13 +300,24 @@ class Tile {
       });
   }
 
+  // Of rows that are there whole it leaves the pulls in a buffer, and the values summed up.
   void sum_pull() {
     Vec pull = Vec{};
-    if (!Divergence::kPullFromMean || any(~ordinary_ & counting_)) {
+    summed_ = !Divergence::kPullFromMean || any(~ordinary_ & counting_);
+    if (summed_) {
       each_chunk_again([&](int64_t, int64_t n) DIMO_INLINE_LAMBDA {
-        Vec part = Vec{};
-        each_terms(n, [&](int64_t, Vec, const Terms<Vec>& t) { part += t.pull; });
+        Vec part = Vec{}, value = Vec{}, second = Vec{};
+        each_terms(n, [&](int64_t i, Vec, const Terms<Vec>& t) {
+          part += t.pull;
+          if constexpr (kWhole) {
+            value += t.value;
+            if constexpr (Divergence::kTwoValues) second += t.second;
+            store(buffers_.other + i, t.pull);
+          }
+        });
         pull += part;
+        value_ = value;
+        second_ = second;
       });
       pull = Layout::sum_over_row(pull);
     }
@@ -314,44 +326,51 @@ class Tile {
   }
 
   void write(const int64_t* rows, int count) {
-    Vec value = Vec{}, second = Vec{};
     Int largest = Int{};  // magnitude of the gradient; as integers, NaN lies above infinity
-    const bool wanted = args_.gradient.data != nullptr;
+    const bool wanted = args_.gradient.data != nullptr, kept = kWhole && summed_;
     const Vec scale = (args_.factor_in_gradient ? factor_ : VecMath::splat(1.0f)) / args_.auxiliary_temperature;
     const Int counting = counting_;
     Ahead ahead = ahead_;
+    if (!kept) value_ = second_ = Vec{};
     each_chunk_again([&](int64_t begin, int64_t n) DIMO_INLINE_LAMBDA {
-      Vec part = Vec{}, second_part = Vec{};
+      Vec value = Vec{}, second = Vec{};
       const Vec pull = pull_;
-      const auto add = [&](int64_t i, Vec q, const Terms<Vec>& t) {
-        if constexpr (kWhole) ahead.fetch_auxiliary();
-        part += t.value;
-        if constexpr (Divergence::kTwoValues) second_part += t.second;
-        if (!wanted) return;
-        Vec g = (t.pull - q * pull) * scale;
+      const auto put = [&](int64_t i, Vec q, Vec own) DIMO_INLINE_LAMBDA {
+        Vec g = (own - q * pull) * scale;
         if constexpr (Layout::kRows > 1) g = counting ? g : Vec{};
         const Int magnitude = reinterpret_cast<Int>(g) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
         store(buffers_.other + i, g);
       };
-      bool far = false;
-      if constexpr (Divergence::kPullFromMean) {
-        far = all(far_ | ~counting_);
-        if (far)
+      const auto add = [&](int64_t i, Vec q, const Terms<Vec>& t) {
+        if constexpr (kWhole) ahead.fetch_auxiliary();
+        value += t.value;
+        if constexpr (Divergence::kTwoValues) second += t.second;
+        if (wanted) put(i, q, t.pull);
+      };
+      const bool far = Divergence::kPullFromMean && all(far_ | ~counting_);
+      if (kept) {
+        each_register(n, [&](auto, int64_t i) {
+          ahead.fetch_auxiliary();
+          put(i, prob_q(i, load(buffers_.q + i)), load(buffers_.other + i));
+        });
+      } else if (far) {
+        if constexpr (Divergence::kPullFromMean)
           each_register(n, [&](auto last, int64_t i) {
             Vec q;
             const Terms<Vec> t = plain_terms<decltype(last)::value>(n, i, q);
             add(i, q, t);
           });
+      } else {
+        each_terms(n, add);
       }
-      if (!far) each_terms(n, add);
-      value += part;
-      second += second_part;
+      value_ += value;
+      second_ += second;
       if (wanted) store_gradient(begin, n, count);
     });
     const float bound = wanted ? overflow_bound(args_.gradient.dtype) : kInfinity;
     const Int usable = largest < reinterpret_cast<Int>(VecMath::splat(bound));
-    finish(rows, count, Layout::sum_over_row(value), Layout::sum_over_row(second), usable);
+    finish(rows, count, Layout::sum_over_row(value_), Layout::sum_over_row(second_), usable);
   }
 
   void store_gradient(int64_t begin, int64_t n, int count) const {
@@ -405,10 +424,12 @@ class Tile {
   const bool streams_;  // the gradient goes past the caches
   Vec base_p_ = Vec{}, base_q_ = Vec{}, shift_ = Vec{};
   Vec mean_x_ = Vec{};  // sum q x, where the row is ordinary
+  Vec value_ = Vec{}, second_ = Vec{};
   Int dead_ = Int{}, ordinary_ = Int{};
   Int far_ = Int{};       // ordinary rows that need no series
   Int counting_ = Int{};  // the other lanes decide nothing
   bool filtered_ = false;
+  bool summed_ = false;      // the pulls, entry by entry
   bool successive_ = false;  // rows, as many as the tile takes, follow one another
 };
 
