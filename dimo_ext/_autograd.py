@@ -63,30 +63,32 @@ def register_saved_gradient(
     applies in float32 together with the upstream gradient: only there is a loss scaler's factor known.
     """
     operator = getattr(getattr(torch.ops, lib.ns), name).default
-
-    class SavedGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, keyset, *inputs):
-            output = below(keyset, *inputs)
-            ctx.set_materialize_grads(False)
-            ctx.available, ctx.inputs = inputs[-1], len(inputs)
-            ctx.backend = current_backend()  # the backward may run on another thread
-            ctx.own = not _is_packed()
-            half = inputs[0].dtype == torch.float16
-            ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
-            return output
-
-        @staticmethod
-        def backward(ctx, *upstream):
-            return None, _backward(ctx, upstream[0]), *[None] * (ctx.inputs - 1)
+    # The dispatcher would leave out what equals its default.
+    assert not any(a.has_default_value() or a.kwarg_only for a in operator._schema.arguments)
 
     def below(keyset, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
+    def forward(ctx, keyset, *inputs):
+        output = below(keyset, *inputs)
+        ctx.set_materialize_grads(False)
+        ctx.available, ctx.inputs = inputs[-1], len(inputs)
+        ctx.backend = current_backend()  # the backward may run on another thread
+        ctx.own = not _is_packed()
+        half = inputs[0].dtype == torch.float16
+        ctx.save_for_backward(output[-1], factor(inputs, output) if half else None)
+        return output
+
+    def backward(ctx, *upstream):
+        return None, _backward(ctx, upstream[0]), *[None] * (ctx.inputs - 1)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), methods)  # its name is the graph's node's
+
     def autograd(keyset, *inputs):
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-        return SavedGradient.apply(keyset, *inputs) if recorded else below(keyset, *inputs)
+        return function.apply(keyset, *inputs) if recorded else below(keyset, *inputs)
 
     # What torch.library.register_autograd makes of it spends 70 us a call on the defaults of a dozen arguments.
     lib.impl(name, autograd, "Autograd", with_keyset=True)

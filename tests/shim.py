@@ -7,7 +7,6 @@ test_shim.py this harness against its promises.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import os
 import platform
@@ -33,6 +32,8 @@ needs_shim = [
 
 def built(target: str) -> Path:
     """The shared library, or a program; compiled anew where a source has changed."""
+    import fcntl  # which is not everywhere
+
     command = ["make", "-s", "-f", "tests/cuda_on_cpu/Makefile", f"-j{os.cpu_count()}", f"CXX={COMPILER}", target]
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / "cuda_on_cpu.lock").open("w") as lock:  # tests may run in several processes

@@ -148,12 +148,12 @@ struct Ahead {
   int64_t teacher_step = 0, uncond_step = 0, auxiliary_step = 0, gradient_step = 0;  // bytes a register
   bool near = false;  // into the first-level cache: what short rows need next
 
-  DIMO_INLINE void fetch_teacher() {
+  DIMO_INLINE void fetch_teachers() {
     fetch(teacher);
     if (uncond != nullptr) fetch(uncond);
     teacher += teacher_step, uncond += uncond_step;
   }
-  DIMO_INLINE void fetch_auxiliary() {
+  DIMO_INLINE void fetch_rest() {
     fetch(auxiliary);
     if (gradient != nullptr) __builtin_prefetch(gradient, 1, 2);  // to be written
     auxiliary += auxiliary_step, gradient += gradient_step;

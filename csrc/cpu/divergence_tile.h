@@ -18,11 +18,11 @@ constexpr int kStagger = 320;        // floats, so that short buffers do not mee
 constexpr int64_t kNearVocab = 640;  // rows up to here are fetched into the first-level cache
 
 struct Buffers {
-  alignas(64) float p[kBuffer + kStagger];         // the teacher's logits, mixed
+  alignas(64) float p[kBuffer + kStagger];         // the teacher's logits, mixed; then rows side by side
   alignas(64) float q[kBuffer + kStagger];         // the auxiliary's
   alignas(64) float weight_p[kBuffer + kStagger];  // their softmax, not yet normalised
   alignas(64) float weight_q[kBuffer + kStagger];
-  alignas(64) float other[kBuffer + kStagger];  // unconditional logits, then the gradient
+  alignas(64) float other[kBuffer + kStagger];  // unconditional logits, then pulls, then the gradient
 };
 
 float factor_of(const TokenDivergenceArgs& args, int64_t row) {
@@ -72,10 +72,10 @@ class Tile {
     const LogitRows* const tensors[] = {&args_.teacher, &args_.uncond, &args_.auxiliary, &args_.gradient};
     int64_t* const offsets[] = {teacher_, uncond_, auxiliary_, gradient_};
     const int64_t first = rows[0];
-    successive_ = count == Layout::kRows && rows[count - 1] == first + count - 1;
+    consecutive_ = count == Layout::kRows && rows[count - 1] == first + count - 1;
     int64_t all[Layout::kRows];
-    for (int r = 0; r < Layout::kRows; ++r) all[r] = successive_ ? first + r : rows[r < count ? r : 0];
-    if (successive_ && args_.shape.dims == 1) {
+    for (int r = 0; r < Layout::kRows; ++r) all[r] = consecutive_ ? first + r : rows[r < count ? r : 0];
+    if (consecutive_ && args_.shape.dims == 1) {
       for (int t = 0; t < 4; ++t) {
         const int64_t stride = tensors[t]->strides[0];
         for (int r = 0; r < Layout::kRows; ++r) offsets[t][r] = (first + r) * stride;
@@ -98,7 +98,7 @@ class Tile {
     }
   }
 
-  // What is read and written after the first sweep, which fetches it, from id begin of a row on.
+  // What is read and written next, from id begin of a row on.
   Ahead look_ahead(int64_t row, int64_t begin) const {
     Ahead ahead;
     ahead.near = kWhole && (Layout::kRows > 1 || args_.shape.vocab <= kNearVocab);
@@ -228,8 +228,8 @@ class Tile {
       const Softmax teacher = teacher_softmax_, auxiliary = auxiliary_softmax_;
       Vec sum_p = Vec{}, sum_q = Vec{}, moment = Vec{};
       each_register(n, [&](auto last, int64_t i) {
-        ahead.fetch_teacher();
-        if constexpr (!kWhole) ahead.fetch_auxiliary();
+        ahead.fetch_teachers();
+        if constexpr (!kWhole) ahead.fetch_rest();
         const Vec z_p = load(buffers_.p + i), z_q = load(buffers_.q + i);
         const Vec p = teacher.weight(z_p), q = auxiliary.weight(z_q);
         sum_p += p;
@@ -303,6 +303,7 @@ class Tile {
   // Of rows that are there whole it leaves the pulls in a buffer, and the values summed up.
   void sum_pull() {
     Vec pull = Vec{};
+    value_ = second_ = Vec{};
     summed_ = !Divergence::kPullFromMean || any(~ordinary_ & counting_);
     if (summed_) {
       each_chunk_again([&](int64_t, int64_t n) DIMO_INLINE_LAMBDA {
@@ -316,8 +317,8 @@ class Tile {
           }
         });
         pull += part;
-        value_ = value;
-        second_ = second;
+        value_ += value;
+        second_ += second;
       });
       pull = Layout::sum_over_row(pull);
     }
@@ -343,7 +344,7 @@ class Tile {
         store(buffers_.other + i, g);
       };
       const auto add = [&](int64_t i, Vec q, const Terms<Vec>& t) {
-        if constexpr (kWhole) ahead.fetch_auxiliary();
+        if constexpr (kWhole) ahead.fetch_rest();
         value += t.value;
         if constexpr (Divergence::kTwoValues) second += t.second;
         if (wanted) put(i, q, t.pull);
@@ -351,7 +352,7 @@ class Tile {
       const bool far = Divergence::kPullFromMean && all(far_ | ~counting_);
       if (kept) {
         each_register(n, [&](auto, int64_t i) {
-          ahead.fetch_auxiliary();
+          ahead.fetch_rest();
           put(i, prob_q(i, load(buffers_.q + i)), load(buffers_.other + i));
         });
       } else if (far) {
@@ -374,7 +375,7 @@ class Tile {
   }
 
   void store_gradient(int64_t begin, int64_t n, int count) const {
-    if (streams_ && successive_) {
+    if (streams_ && consecutive_) {
       float* run = buffers_.other;
       if constexpr (Layout::kRows > 1) {  // side by side first
         int64_t offsets[Layout::kRows];
@@ -397,7 +398,7 @@ class Tile {
     const Int lost = ~dead_ & (~usable | (divergence != divergence));
     float values[kLanes];
     store(values, counting_ ? divergence * factor_ : Vec{});
-    if (successive_)
+    if (consecutive_)
       std::memcpy(args_.value + rows[0], values, sizeof(float) * Layout::kRows);
     else
       for (int r = 0; r < count; ++r) args_.value[rows[r]] = values[r];
@@ -429,8 +430,8 @@ class Tile {
   Int far_ = Int{};       // ordinary rows that need no series
   Int counting_ = Int{};  // the other lanes decide nothing
   bool filtered_ = false;
-  bool summed_ = false;      // the pulls, entry by entry
-  bool successive_ = false;  // rows, as many as the tile takes, follow one another
+  bool summed_ = false;       // the pulls, entry by entry
+  bool consecutive_ = false;  // a full tile of consecutive rows
 };
 
 }  // namespace

@@ -220,7 +220,8 @@ struct Across {
     return true;
   }
   // Covers n ids that follow one another, of all rows at a time: with blocks of kLanes, with quads where T has them,
-  // one by one. The last block or quad may overlap the one before.
+  // one by one. The last block or quad may overlap the one before, so that
+  // doing it twice must do no harm.
   template <class T, class OfBlock, class OfQuad, class OfOne>
   DIMO_INLINE static void cover(int64_t n, const OfBlock& block, const OfQuad& quad, const OfOne& one) {
     int64_t i = 0;
